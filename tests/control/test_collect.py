@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bridle.control.collect import Collector, Episode, Rollout, Stop
-from bridle.control.environments import WorldSettings, make_world
+from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import ActorCritic, CategoricalHead, NetworkSettings, Transitions, build_policy
 from bridle.control.prepare import prepare, trajectories
 from bridle.core.moments import Moments

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from gymnasium.vector import SyncVectorEnv
 
-from bridle.control.environments import World, WorldSettings, make_world
+from bridle.control.environments import World
+from bridle.control.making import WorldSettings, make_world
 from bridle.errors import ConfigError, WorldError
 from tests.control.worlds import MODES
 

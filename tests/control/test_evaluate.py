@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from bridle.control.environments import WorldSettings, make_world
 from bridle.control.evaluate import EvaluationSettings, Score, evaluate, student_t
+from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import ActorCritic, CategoricalHead
 from bridle.errors import ConfigError
 from tests.control.worlds import MODES

@@ -13,8 +13,8 @@ import torch
 
 from bridle.cli.main import main
 from bridle.control import load_policy
-from bridle.control.environments import WorldSettings
 from bridle.control.evaluate import EvaluationSettings
+from bridle.control.making import WorldSettings
 from bridle.control.networks import NetworkSettings
 from bridle.errors import ConfigError, SamplerMismatch, WorldError
 from bridle.jobs.config import from_dict, to_dict

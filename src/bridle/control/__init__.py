@@ -2,8 +2,9 @@
 
 from bridle.control.collect import Collector, Episode, Rollout, Stop
 from bridle.control.distributions import Categorical, DiagonalGaussian, Distribution
-from bridle.control.environments import World, WorldSettings, make_world
+from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, Score, evaluate
+from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import (
     ActorCritic,
     CategoricalHead,

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
-from bridle.errors import ConfigError, WorldError
+from bridle.errors import WorldError
 
-__all__ = ["World", "WorldSettings", "WorldStep", "make_world"]
-
-_MODES = {
-    "same_step": AutoresetMode.SAME_STEP,
-    "next_step": AutoresetMode.NEXT_STEP,
-    "disabled": AutoresetMode.DISABLED,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorldSettings:
-    """How many copies of the environment run, and how."""
-
-    num_envs: int = 8
-    """Copies that run side by side, B."""
-    vectorization: Literal["auto", "sync", "async", "vector_entry_point"] = "auto"
-    """One process ("sync"), a process each ("async"), or the environment's own vector form.
-
-    "auto" takes the environment's own where there is one, else "sync".
-    """
-    autoreset: Literal["same_step", "next_step", "disabled"] | None = None
-    """Gymnasium's autoreset mode, for "sync" and "async"; None is "same_step", which wastes no step.
-
-    Learning sees the same valid transitions in all three.
-    """
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        if self.num_envs < 1:
-            raise ConfigError.of("num_envs", self.num_envs, "a whole number >= 1")
-        if self.autoreset is not None and self.vectorization == "vector_entry_point":
-            remedy = "an environment's own vector form has its own mode"
-            raise ConfigError.of("autoreset", self.autoreset, 'vectorization "sync" or "async"', remedy)
+__all__ = ["World", "WorldStep", "foreign"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +63,7 @@ class World:
         Raises:
             WorldError: the environment raised, or showed something that is not finite.
         """
-        with _foreign(self.name, "reset"):
+        with foreign(self.name, "reset"):
             raw, _ = self._envs.reset(seed=seed)
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
         return self._encode(raw)
@@ -111,7 +76,7 @@ class World:
         """
         acted = ~self._pending
         world_actions = self.actions.to_world(actions)
-        with _foreign(self.name, "step"):
+        with foreign(self.name, "step"):
             raw, rewards, terminated, truncated, info = self._envs.step(world_actions)
         terminated = np.asarray(terminated, dtype=np.bool_) & acted
         truncated = np.asarray(truncated, dtype=np.bool_) & acted & ~terminated
@@ -146,14 +111,14 @@ class World:
             successors[done] = self._encode(np.stack([info["final_obs"][i] for i in np.flatnonzero(done)]))
             return successors, shown
         if self._mode is AutoresetMode.DISABLED:
-            with _foreign(self.name, "reset"):
+            with foreign(self.name, "reset"):
                 raw, _ = self._envs.reset(options={"reset_mask": done.copy()})
             return shown, np.where(done[:, None], self._encode(raw), shown)
         if not done.all():
             self._pending = done
             return shown, shown
         # NEXT_STEP with every environment about to reset: a column without a transition, taken here and now
-        with _foreign(self.name, "step"):
+        with foreign(self.name, "step"):
             raw, *_ = self._envs.step(world_actions)
         return shown, self._encode(raw)
 
@@ -166,42 +131,8 @@ class World:
         return encoded
 
 
-def make_world(env: str, settings: WorldSettings) -> World:
-    """Make ``settings.num_envs`` copies of the environment ``env``, an id such as "CartPole-v1" or "module:Name-v0".
-
-    Raises:
-        WorldError: there is no such environment, it cannot be made, or its spaces are not supported.
-    """
-    module, _, name = env.rpartition(":")
-    if module:
-        with _foreign(env, f"import of {module}"):
-            importlib.import_module(module)
-    if name not in gymnasium.registry:
-        raise WorldError(f"{env}: no such environment;{_close_matches(name)} gymnasium.pprint_registry() lists all")
-    own = gymnasium.registry[name].vector_entry_point is not None
-    vectorization = settings.vectorization
-    if vectorization == "auto":
-        vectorization = "vector_entry_point" if own and settings.autoreset is None else "sync"
-    choice = {"autoreset_mode": _MODES[settings.autoreset or "same_step"]}
-    if vectorization == "vector_entry_point":
-        choice = {}
-    with _foreign(env, "making it"):
-        envs = gymnasium.make_vec(name, settings.num_envs, vectorization_mode=vectorization, vector_kwargs=choice)
-    try:
-        return World(env, envs)
-    except WorldError:
-        envs.close()
-        raise
-
-
-def _close_matches(name: str) -> str:
-    known = {known.lower(): known for known in gymnasium.registry}
-    matches = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=3)]
-    return f" did you mean {' or '.join(matches)}?" if matches else ""
-
-
 @contextmanager
-def _foreign(world: str, doing: str) -> Iterator[None]:
+def foreign(world: str, doing: str) -> Iterator[None]:
     """Turn whatever the environment's own code raises into one line."""
     try:
         yield

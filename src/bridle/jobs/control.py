@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bridle.batch import Batch
 from bridle.control.collect import Collector, Episode, Rollout, Stop
-from bridle.control.environments import World, WorldSettings, make_world
+from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, evaluate
+from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import ControlPolicy, NetworkSettings, build_policy
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, save_policy
