@@ -133,7 +133,7 @@ class Collector:
         self._returns += np.where(taken.acted, taken.rewards, 0.0)
         self._lengths += taken.acted
         ended = []
-        for i in np.flatnonzero(taken.terminated | taken.truncated):
+        for i in np.flatnonzero(taken.over):
             stop = Stop.TERMINATED if taken.terminated[i] else Stop.TRUNCATED
             ended.append(Episode(return_=float(self._returns[i]), length=int(self._lengths[i]), stop=stop))
             self._returns[i] = 0

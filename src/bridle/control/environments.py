@@ -29,9 +29,11 @@ class WorldStep:
     rewards: Float[np.ndarray, " B"]
     """[B] float64, in units of reward."""
     terminated: Bool[np.ndarray, " B"]
-    """[B] the successor is a terminal state."""
+    """[B] the successor is a terminal state, or a life was lost where that counts as one."""
     truncated: Bool[np.ndarray, " B"]
     """[B] the episode was cut and did not terminate."""
+    over: Bool[np.ndarray, " B"]
+    """[B] the episode ended and the environment begins another; a lost life may terminate without ending it."""
     acted: Bool[np.ndarray, " B"]
     """[B] False where the environment only reset itself and ignored the action: not a transition."""
 
@@ -39,18 +41,27 @@ class WorldStep:
 class World:
     """B copies of an environment behind one face for the three autoreset modes (Gymnasium ≥ 1.1)."""
 
-    def __init__(self, name: str, envs: VectorEnv[Any, Any, Any]) -> None:
+    def __init__(self, name: str, envs: VectorEnv[Any, Any, Any], *, form: str = "", life_loss: bool = False) -> None:
         """Put ``envs``, called ``name`` in messages, behind this face.
+
+        Args:
+            name: what messages call it.
+            envs: B environments.
+            form: how they run side by side, in words.
+            life_loss: a lost life (``info["lives"]`` falls) is a terminal state, though the episode goes on.
 
         Raises:
             WorldError: a space is not supported, or the environment does not say its autoreset mode.
         """
         self.name = name
+        self.form = form
         self.num_envs = int(envs.num_envs)
         self.observations: ObservationSpec = observation_spec(envs.single_observation_space, name)
         self.actions: ActionSpec = action_spec(envs.single_action_space, name)
         self._envs = envs
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
+        self._life_loss = life_loss
+        self._lives = np.zeros(self.num_envs, dtype=np.int64)
         mode = envs.metadata.get("autoreset_mode")
         if not isinstance(mode, AutoresetMode):
             remedy = "set it to a gymnasium.vector.AutoresetMode"
@@ -64,7 +75,8 @@ class World:
             WorldError: the environment raised, or showed something that is not finite.
         """
         with foreign(self.name, "reset"):
-            raw, _ = self._envs.reset(seed=seed)
+            raw, info = self._envs.reset(seed=seed)
+        self._lost_lives(info)
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
         return self._encode(raw)
 
@@ -87,6 +99,7 @@ class World:
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
         successors = observations = shown
         done = terminated | truncated
+        terminated |= self._lost_lives(info) & acted & ~done
         if done.any():
             successors, observations = self._next_episode(done, shown, world_actions, info)
         return WorldStep(
@@ -95,12 +108,21 @@ class World:
             rewards=rewards,
             terminated=terminated,
             truncated=truncated,
+            over=done,
             acted=acted,
         )
 
     def close(self) -> None:
         """Release the environments."""
         self._envs.close()
+
+    def _lost_lives(self, info: dict[str, Any]) -> NDArray[np.bool_]:
+        if not self._life_loss:
+            return np.zeros(self.num_envs, dtype=np.bool_)
+        if "lives" not in info:
+            raise WorldError(f"{self.name}: its info says nothing of lives; switch the loss of a life off")
+        before, self._lives = self._lives, np.asarray(info["lives"], dtype=np.int64)
+        return self._lives < before
 
     def _next_episode(
         self, done: NDArray[np.bool_], shown: NDArray[np.float32], world_actions: NDArray[Any], info: dict[str, Any]
@@ -136,6 +158,11 @@ def foreign(world: str, doing: str) -> Iterator[None]:
     """Turn whatever the environment's own code raises into one line."""
     try:
         yield
+    except WorldError:
+        raise
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        remedy = "out of memory, or killed from outside; try fewer environments"
+        raise WorldError(f"{world}: {doing}: the process of an environment died ({remedy})") from error
     except (Exception, SystemExit) as error:  # foreign code may raise anything, or leave
         text = " ".join(str(error).split())
         raise WorldError(f"{world}: {doing} raised {type(error).__name__}: {text[:300]}") from error

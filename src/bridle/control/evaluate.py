@@ -133,7 +133,7 @@ def evaluate(
         observations = taken.observations
         total += np.where(taken.acted, taken.rewards, 0.0)
         length += taken.acted
-        for i in np.flatnonzero(taken.terminated | taken.truncated | (length >= max_steps)):
+        for i in np.flatnonzero(taken.over | (length >= max_steps)):
             if played[i] < quota[i]:
                 finished[i].append((float(total[i]), int(length[i])))
                 played[i] += 1
