@@ -69,8 +69,8 @@ class Units(Protocol):
         """[U] what each unit costs to evaluate (tokens or steps, int64, on the CPU); ``sizes`` if all cost alike."""
         ...
 
-    def select(self, index: Int[Tensor, " M"]) -> Self:
-        """Return the units at ``index``, in that order."""
+    def select(self, index: Int[Tensor, " M"] | slice) -> Self:
+        """Return the units at ``index``, in that order; a stretch of them (step 1) may share memory."""
         ...
 
 

@@ -29,8 +29,9 @@ class Draws:
     def lengths(self) -> Tensor:
         return self.sizes
 
-    def select(self, index: Tensor) -> Self:
-        return type(self)(tuple(self.actions[i] for i in index.tolist()))
+    def select(self, index: Tensor | slice) -> Self:
+        chosen = range(len(self))[index] if isinstance(index, slice) else index.tolist()
+        return type(self)(tuple(self.actions[i] for i in chosen))
 
 
 class Table(nn.Module):

@@ -54,9 +54,10 @@ class Transitions:
         """[N] all cost alike."""
         return self.sizes
 
-    def select(self, index: Int[Tensor, " M"]) -> Self:
-        """Return the transitions at ``index``, in that order."""
-        index = index.to(self.observations.device)
+    def select(self, index: Int[Tensor, " M"] | slice) -> Self:
+        """Return the transitions at ``index``, in that order; a stretch of them shares memory."""
+        if isinstance(index, Tensor):
+            index = index.to(self.observations.device)
         return type(self)(observations=self.observations[index], actions=self.actions[index])
 
 

@@ -47,9 +47,9 @@ class Segments:
         """[U] actions in each segment."""
         return self.lengths - self.prompt_lengths
 
-    def select(self, index: Int[Tensor, " M"]) -> Self:
+    def select(self, index: Int[Tensor, " M"] | slice) -> Self:
         """Return the segments at ``index``, in that order."""
-        chosen = index.tolist()
+        chosen = range(len(self))[index] if isinstance(index, slice) else index.tolist()
         features = None if self.ref_features is None else tuple(self.ref_features[u] for u in chosen)
         return type(self)(
             ids=tuple(self.ids[u] for u in chosen),

@@ -7,22 +7,20 @@ this is one-step actor–critic; with a longer rollout it is the synchronous for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bridle.batch import Batch, Evaluation, Policy
-from bridle.core.divergence import kl_k3
-from bridle.core.losses import policy_gradient_loss, value_loss
-from bridle.core.moments import whiten
+from bridle.core.losses import policy_gradient_loss, policy_gradient_loss_grad, value_loss, value_loss_grad
 from bridle.errors import ConfigError
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
-from bridle.learn.step import Averaging, accumulate
+from bridle.learn.step import Averaging, Derivatives, Minibatch, Seen, accumulate, minibatches
 
-__all__ = ["A2CSettings", "update"]
+__all__ = ["A2CObjective", "A2CSettings", "update"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,32 +55,44 @@ def update(policy: Policy, batch: Batch, optimiser: Optimiser, settings: A2CSett
     Raises:
         NonFiniteStep: a loss or gradient is not finite; the step was not applied.
     """
-    if settings.whiten:
-        batch = replace(batch, advantages=whiten(batch.advantages))
+    objective = A2CObjective(settings=settings)
+    for rows, units, part in minibatches(batch, 1, order=None, whiten_here=settings.whiten, per=settings.per):
+        optimiser.zero_grad()
+        seen = accumulate(policy, rows, units, part, objective, micro_budget=settings.micro_batch_tokens)
+        norms = optimiser.step(rows)
+        yield UpdateStep(epoch=0, minibatch=0, objective=objective, part=part, seen=seen, grad_norms=norms)
 
-    def loss(e: Evaluation, at: Int[Tensor, " m"], advantages: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        total = policy_gradient_loss(e.logp, advantages)
-        total = total + settings.value_coefficient * value_loss(e.value, batch.returns[at])
-        if settings.entropy_coefficient:
-            total = total - settings.entropy_coefficient * e.entropy
-        return total
 
-    index = torch.arange(len(batch.units))
-    optimiser.zero_grad()
-    seen = accumulate(
-        policy, batch, index, loss, whiten_here=False, per=settings.per, micro_budget=settings.micro_batch_tokens
-    )
-    norms = optimiser.step(index)
-    yield UpdateStep.of(
-        batch,
-        seen,
-        0,
-        0,
-        old_kl=float((seen.weights * kl_k3(batch.old_logp[seen.actions], seen.logp)).sum()),
-        clipped=torch.zeros_like(seen.logp, dtype=torch.bool),
-        kl_penalty=0.0,
-        policy_loss=float((seen.weights * policy_gradient_loss(seen.logp, seen.advantages)).sum()),
-        extra_loss=0.0,
-        norms=norms,
-        applied=True,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class A2CObjective:
+    """−A log π(a|s) + c_v ½(V − R)² − c_H H for each action."""
+
+    settings: A2CSettings
+    """The coefficients."""
+
+    def loss(self, e: Evaluation, m: Minibatch) -> Float[Tensor, " n"]:
+        """Return the loss as written; see :class:`bridle.learn.step.Objective`."""
+        s = self.settings
+        actor = policy_gradient_loss(e.logp, m.advantages) - s.entropy_coefficient * e.entropy
+        return actor + s.value_coefficient * value_loss(e.value, m.returns)
+
+    def derivatives(self, seen: Seen, m: Minibatch) -> Derivatives:
+        """Return the loss's derivatives in closed form."""
+        s = self.settings
+        return Derivatives(
+            logp=policy_gradient_loss_grad(seen.logp, m.advantages),
+            entropy=torch.full_like(seen.entropy, -s.entropy_coefficient) if s.entropy_coefficient else None,
+            value=s.value_coefficient * value_loss_grad(seen.value, m.returns),
+        )
+
+    def policy_loss(self, seen: Seen, m: Minibatch) -> Float[Tensor, " n"]:
+        """Return −A log π(a|s)."""
+        return policy_gradient_loss(seen.logp, m.advantages)
+
+    def clipped(self, seen: Seen, m: Minibatch) -> Bool[Tensor, " n"]:
+        """Nowhere: nothing is clipped."""
+        return torch.zeros_like(seen.logp, dtype=torch.bool)
+
+    def kl_penalty(self, seen: Seen, m: Minibatch) -> None:
+        """There is no reference."""
+        return

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bridle.batch import Batch, Evaluation, Policy
-from bridle.core.divergence import kl_k2, kl_k3
+from bridle.core.divergence import kl_k2, kl_k2_grad, kl_k3, kl_k3_grad
 from bridle.core.losses import (
     clipped_surrogate_loss,
     clipped_surrogate_loss_grad,
     clipped_value_loss,
+    clipped_value_loss_grad,
     ratio_loss,
+    ratio_loss_grad,
     value_loss,
+    value_loss_grad,
 )
 from bridle.core.moments import masked_var, whiten
 from bridle.errors import ConfigError
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
-from bridle.learn.step import Averaging, Evaluated, Loss, accumulate, add_loss, minibatches
+from bridle.learn.step import (
+    Averaging,
+    Derivatives,
+    Minibatch,
+    Seen,
+    accumulate,
+    add_loss,
+    epoch_order,
+    minibatches,
+)
 
-__all__ = ["PPOSettings", "update"]
+__all__ = ["PPOObjective", "PPOSettings", "update"]
 
 _LEAST_DEVIATION = 1e-6
 """Advantages that deviate by less than this share of their size carry no signal, only rounding."""
@@ -97,6 +109,7 @@ def update(
     kl_coefficient: float = 0.0,
     critic_only: bool = False,
     extra_loss: Callable[[int], Tensor] | None = None,
+    epochs: Sequence[int] | None = None,
 ) -> Iterator[UpdateStep]:
     """Take epochs × minibatches optimiser steps, yielding a record after each.
 
@@ -113,6 +126,8 @@ def update(
         kl_coefficient: β of the KL in the loss, units of reward per nat whether or not advantages are whitened.
         critic_only: leave the policy's terms out (critic warm-up).
         extra_loss: given the count of steps taken so far in this update, a mean loss to add (an SFT mix).
+        epochs: the passes to take, numbered from 0; all of ``settings.epochs`` by default. A caller that prepares the
+            batch anew between passes takes them one at a time.
 
     Raises:
         NonFiniteStep: a loss or gradient is not finite; that step was not applied.
@@ -121,49 +136,117 @@ def update(
         kl_coefficient /= _unit(batch.advantages)
     if settings.whiten == "batch":
         batch = replace(batch, advantages=whiten(batch.advantages))
-    loss = _objective(batch, settings, kl_coefficient, critic_only)
+    objective = PPOObjective(settings=settings, kl_coefficient=kl_coefficient, critic_only=critic_only)
     taken = 0
-    for epoch in range(settings.epochs):
-        parts = minibatches(len(batch.units), settings.minibatches, seed=seed, step=step, epoch=epoch)
-        for number, index in enumerate(parts):
+    for epoch in range(settings.epochs) if epochs is None else epochs:
+        order = epoch_order(len(batch.units), seed=seed, step=step, epoch=epoch)
+        parts = minibatches(
+            batch, settings.minibatches, order=order, whiten_here=settings.whiten == "minibatch", per=settings.per
+        )
+        for number, (rows, units, part) in enumerate(parts):
             optimiser.zero_grad()
-            seen = accumulate(
-                policy,
-                batch,
-                index,
-                loss,
-                whiten_here=settings.whiten == "minibatch",
-                per=settings.per,
-                micro_budget=settings.micro_batch_tokens,
-            )
-            # k3 estimate of KL(old ‖ new): the actions are the old policy's samples.
-            old_kl = float((seen.weights * kl_k3(batch.old_logp[seen.actions], seen.logp)).sum())
-            stop = settings.target_kl is not None and not critic_only and old_kl > settings.target_kl
-            norms: Mapping[str, float] = {}
-            extra = 0.0
-            if stop:
+            seen = accumulate(policy, rows, units, part, objective, micro_budget=settings.micro_batch_tokens)
+            record = UpdateStep(epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen)
+            if settings.target_kl is not None and not critic_only and record.old_kl > settings.target_kl:
                 optimiser.zero_grad()
-            else:
-                if extra_loss is not None and not critic_only:
-                    extra = add_loss(extra_loss(taken), index)
-                norms = optimiser.step(index)
-                taken += 1
-            old = batch.old_logp[seen.actions]
-            yield UpdateStep.of(
-                batch,
-                seen,
-                epoch,
-                number,
-                old_kl=old_kl,
-                clipped=_clipped(settings, seen, old),
-                kl_penalty=_mean_kl(settings, seen, batch),
-                policy_loss=float((seen.weights * _surrogate(settings, seen.logp, old, seen.advantages)).sum()),
-                extra_loss=extra,
-                norms=norms,
-                applied=not stop,
-            )
-            if stop:
+                yield replace(record, applied=False)
                 return
+            extra = 0.0
+            if extra_loss is not None and not critic_only:
+                extra = add_loss(extra_loss(taken), rows)
+            norms = optimiser.step(rows)
+            taken += 1
+            yield replace(record, extra_loss=extra, grad_norms=norms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOObjective:
+    """−min(r A, clip(r, 1−ε, 1+ε) A) + c_v ½(V − R)² − c_H H + β KL(π ‖ reference) for each action.
+
+    Source: Schulman et al. 2017, eqs. (7) and (9), with their signs turned.
+    """
+
+    settings: PPOSettings
+    """ε, coefficients and kinds of terms."""
+    kl_coefficient: float
+    """β, units of the advantages as they are used per nat."""
+    critic_only: bool
+    """Only the critic's term."""
+
+    def loss(self, e: Evaluation, m: Minibatch) -> Float[Tensor, " n"]:
+        """Return the loss as written; see :class:`bridle.learn.step.Objective`."""
+        s = self.settings
+        if s.value_clip is None:
+            critic = value_loss(e.value, m.returns)
+        else:
+            critic = clipped_value_loss(e.value, m.old_value, m.returns, clip=s.value_clip)
+        total = s.value_coefficient * critic
+        if self.critic_only:
+            return total
+        total = total + self._surrogate(e.logp, m) - s.entropy_coefficient * e.entropy
+        if self._leashed:
+            total = total + self.kl_coefficient * self._kl(e.logp, e.exact_kl, m)
+        return total
+
+    def derivatives(self, seen: Seen, m: Minibatch) -> Derivatives:
+        """Return the loss's derivatives in closed form."""
+        s = self.settings
+        if s.value_clip is None:
+            value = value_loss_grad(seen.value, m.returns)
+        else:
+            value = clipped_value_loss_grad(seen.value, m.old_value, m.returns, clip=s.value_clip)
+        value = s.value_coefficient * value
+        if self.critic_only:
+            return Derivatives(value=value)
+        logp = self._surrogate_grad(seen.logp, m)
+        entropy = torch.full_like(seen.entropy, -s.entropy_coefficient) if s.entropy_coefficient else None
+        exact = None
+        if self._leashed and s.kl_loss == "exact":
+            exact = torch.full_like(_needed(seen.exact_kl), self.kl_coefficient)
+        elif self._leashed:
+            estimator = kl_k2_grad if s.kl_loss == "k2" else kl_k3_grad
+            logp = logp + self.kl_coefficient * estimator(seen.logp, _reference(m))
+        return Derivatives(logp=logp, entropy=entropy, value=value, exact_kl=exact)
+
+    def policy_loss(self, seen: Seen, m: Minibatch) -> Float[Tensor, " n"]:
+        """Return the surrogate's loss."""
+        return self._surrogate(seen.logp, m)
+
+    def clipped(self, seen: Seen, m: Minibatch) -> Bool[Tensor, " n"]:
+        """Where the clip has cut the action's gradient: the closed form is 0 though the advantage is not."""
+        if self.settings.clip is None:
+            return torch.zeros_like(seen.logp, dtype=torch.bool)
+        return (self._surrogate_grad(seen.logp, m) == 0) & (m.advantages != 0)
+
+    def kl_penalty(self, seen: Seen, m: Minibatch) -> Float[Tensor, " n"] | None:
+        """Return the KL term before its coefficient, nats; None without one."""
+        return None if self.settings.kl_loss == "none" else self._kl(seen.logp, seen.exact_kl, m)
+
+    @property
+    def _leashed(self) -> bool:
+        return self.settings.kl_loss != "none" and self.kl_coefficient != 0.0
+
+    def _surrogate(self, logp: Float[Tensor, " n"], m: Minibatch) -> Float[Tensor, " n"]:
+        s = self.settings
+        if s.clip is None:
+            return ratio_loss(logp, m.old_logp, m.advantages)
+        return clipped_surrogate_loss(
+            logp, m.old_logp, m.advantages, clip=s.clip, clip_high=s.clip_high, dual_clip=s.dual_clip
+        )
+
+    def _surrogate_grad(self, logp: Float[Tensor, " n"], m: Minibatch) -> Float[Tensor, " n"]:
+        s = self.settings
+        if s.clip is None:
+            return ratio_loss_grad(logp, m.old_logp, m.advantages)
+        return clipped_surrogate_loss_grad(
+            logp, m.old_logp, m.advantages, clip=s.clip, clip_high=s.clip_high, dual_clip=s.dual_clip
+        )
+
+    def _kl(self, logp: Float[Tensor, " n"], exact: Float[Tensor, " n"] | None, m: Minibatch) -> Float[Tensor, " n"]:
+        if self.settings.kl_loss == "exact":
+            return _needed(exact)
+        estimator = kl_k2 if self.settings.kl_loss == "k2" else kl_k3
+        return estimator(logp, _reference(m))
 
 
 def _unit(advantages: Float[Tensor, " N"]) -> float:
@@ -174,74 +257,13 @@ def _unit(advantages: Float[Tensor, " N"]) -> float:
     return deviation if deviation > _LEAST_DEVIATION * float(advantages.abs().max()) else 1.0
 
 
-def _objective(batch: Batch, settings: PPOSettings, kl_coefficient: float, critic_only: bool) -> Loss:
-    """Return (evaluation, positions, advantages) → loss per action."""
-
-    def per_action(e: Evaluation, at: Int[Tensor, " m"], advantages: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        value = settings.value_coefficient * _value_loss(settings, e.value, batch.old_value[at], batch.returns[at])
-        if critic_only:
-            return value
-        total = value + _surrogate(settings, e.logp, batch.old_logp[at], advantages)
-        if settings.entropy_coefficient:
-            total = total - settings.entropy_coefficient * e.entropy
-        if settings.kl_loss != "none" and kl_coefficient:
-            total = total + kl_coefficient * _kl_term(settings, e.logp, e.exact_kl, batch, at)
-        return total
-
-    return per_action
+def _needed(exact: Tensor | None) -> Tensor:
+    if exact is None:
+        raise ValueError("kl_loss='exact' needs a policy that evaluates the KL to its reference")
+    return exact
 
 
-def _surrogate(
-    settings: PPOSettings, logp: Float[Tensor, " m"], old: Float[Tensor, " m"], advantages: Float[Tensor, " m"]
-) -> Float[Tensor, " m"]:
-    if settings.clip is None:
-        return ratio_loss(logp, old, advantages)
-    return clipped_surrogate_loss(
-        logp, old, advantages, clip=settings.clip, clip_high=settings.clip_high, dual_clip=settings.dual_clip
-    )
-
-
-def _value_loss(
-    settings: PPOSettings, value: Float[Tensor, " m"], old: Float[Tensor, " m"], returns: Float[Tensor, " m"]
-) -> Float[Tensor, " m"]:
-    if settings.value_clip is None:
-        return value_loss(value, returns)
-    return clipped_value_loss(value, old, returns, clip=settings.value_clip)
-
-
-def _kl_term(
-    settings: PPOSettings,
-    logp: Float[Tensor, " m"],
-    exact: Float[Tensor, " m"] | None,
-    batch: Batch,
-    at: Int[Tensor, " m"],
-) -> Float[Tensor, " m"]:
-    if settings.kl_loss == "exact":
-        if exact is None:
-            raise ValueError("kl_loss='exact' needs a policy that evaluates the KL to its reference")
-        return exact
-    if batch.ref_logp is None:
-        raise ValueError(f"kl_loss={settings.kl_loss!r} needs ref_logp in the batch")
-    estimator = kl_k2 if settings.kl_loss == "k2" else kl_k3
-    return estimator(logp, batch.ref_logp[at])
-
-
-def _mean_kl(settings: PPOSettings, seen: Evaluated, batch: Batch) -> float:
-    if settings.kl_loss == "none":
-        return 0.0
-    return float((seen.weights * _kl_term(settings, seen.logp, seen.exact_kl, batch, seen.actions)).sum())
-
-
-def _clipped(settings: PPOSettings, seen: Evaluated, old_logp: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """Where the clip has cut the action's gradient: the closed form is 0 though the advantage is not."""
-    if settings.clip is None:
-        return torch.zeros_like(seen.logp, dtype=torch.bool)
-    gradient = clipped_surrogate_loss_grad(
-        seen.logp,
-        old_logp,
-        seen.advantages,
-        clip=settings.clip,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-    )
-    return (gradient == 0) & (seen.advantages != 0)
+def _reference(m: Minibatch) -> Tensor:
+    if m.ref_logp is None:
+        raise ValueError("kl_loss='k2' and 'k3' need ref_logp in the batch")
+    return m.ref_logp

@@ -2,36 +2,208 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridle.batch import Batch, Evaluation, Policy
+from bridle.batch import Batch, Evaluation, Policy, Units
 from bridle.core.moments import whiten
 from bridle.errors import NonFiniteStep
 from bridle.random import permutation
 
-__all__ = ["Averaging", "Evaluated", "Loss", "accumulate", "action_weights", "add_loss", "micro_batches", "minibatches"]
+__all__ = [
+    "Averaging",
+    "Derivatives",
+    "Minibatch",
+    "Objective",
+    "Seen",
+    "accumulate",
+    "action_weights",
+    "add_loss",
+    "epoch_order",
+    "micro_batches",
+    "minibatches",
+]
 
 Averaging = Literal["action", "episode"]
 """Mean over all actions (long answers weigh more), or over episodes of each episode's mean (an action in a long
 answer weighs less)."""
 
 
-def minibatches(units: int, count: int, *, seed: int, step: int, epoch: int) -> list[Int[Tensor, " M"]]:
-    """Split a keyed permutation of the units into ``count`` parts whose sizes differ by at most one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatch:
+    """What the objective reads of n actions besides the policy's own answer: all constants, in one order."""
+
+    actions: Int[Tensor, " n"]
+    """[n] positions in the rollout's flat batch."""
+    old_logp: Float[Tensor, " n"]
+    """[n] log-probability under the policy that acted, nats."""
+    old_value: Float[Tensor, " n"]
+    """[n] V(s_t) when the batch was prepared, in units of return."""
+    advantages: Float[Tensor, " n"]
+    """[n] as the objective sees them, whitened if so asked."""
+    returns: Float[Tensor, " n"]
+    """[n] the critic's targets, in units of return."""
+    weights: Float[Tensor, " n"]
+    """[n] what each action weighs in the mean; they sum to 1 over the minibatch."""
+    ref_logp: Float[Tensor, " n"] | None
+    """[n] log-probability under the reference, nats; None in a world without one."""
+
+    def select(self, index: Int[Tensor, " m"] | slice) -> Self:
+        """Return the actions at ``index``, in that order; a stretch of them shares memory."""
+        return type(self)(
+            actions=self.actions[index],
+            old_logp=self.old_logp[index],
+            old_value=self.old_value[index],
+            advantages=self.advantages[index],
+            returns=self.returns[index],
+            weights=self.weights[index],
+            ref_logp=None if self.ref_logp is None else self.ref_logp[index],
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Join minibatches end to end."""
+        return cls(
+            actions=torch.cat([p.actions for p in parts]),
+            old_logp=torch.cat([p.old_logp for p in parts]),
+            old_value=torch.cat([p.old_value for p in parts]),
+            advantages=torch.cat([p.advantages for p in parts]),
+            returns=torch.cat([p.returns for p in parts]),
+            weights=torch.cat([p.weights for p in parts]),
+            ref_logp=_joined([p.ref_logp for p in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What the forward passes over a minibatch answered, detached, in the minibatch's order."""
+
+    logp: Float[Tensor, " n"]
+    """[n] log π_new(a_t | s_t), nats."""
+    entropy: Float[Tensor, " n"]
+    """[n] nats."""
+    value: Float[Tensor, " n"]
+    """[n] V(s_t), in units of return."""
+    exact_kl: Float[Tensor, " n"] | None
+    """[n] KL to the reference over all actions, nats; None without a reference."""
+
+    @classmethod
+    def of(cls, e: Evaluation) -> Self:
+        """Take an evaluation without its graph; copied, since an answer may be a view of a weight that is about to move."""
+        kl = None if e.exact_kl is None else e.exact_kl.detach().clone()
+        logp, entropy, value = e.logp.detach().clone(), e.entropy.detach().clone(), e.value.detach().clone()
+        return cls(logp=logp, entropy=entropy, value=value, exact_kl=kl)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Join what several passes saw end to end."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            logp=torch.cat([p.logp for p in parts]),
+            entropy=torch.cat([p.entropy for p in parts]),
+            value=torch.cat([p.value for p in parts]),
+            exact_kl=_joined([p.exact_kl for p in parts]),
+        )
+
+    def select(self, index: Int[Tensor, " m"]) -> Self:
+        """Return the actions at ``index``, in that order."""
+        kl = None if self.exact_kl is None else self.exact_kl[index]
+        return type(self)(logp=self.logp[index], entropy=self.entropy[index], value=self.value[index], exact_kl=kl)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derivatives:
+    """∂ loss / ∂ each of the policy's answers, per action; None where the loss does not hold the answer."""
+
+    logp: Float[Tensor, " n"] | None = None
+    """[n] units of loss per nat."""
+    entropy: Float[Tensor, " n"] | None = None
+    """[n] units of loss per nat."""
+    value: Float[Tensor, " n"] | None = None
+    """[n] units of loss per unit of return."""
+    exact_kl: Float[Tensor, " n"] | None = None
+    """[n] units of loss per nat."""
+
+
+class Objective(Protocol):
+    """A loss per action as a function of the policy's answers, with its closed-form derivatives.
+
+    ``loss`` is the oracle of ``derivatives``: what autograd makes of the one is the other. Training reads the second.
+    """
+
+    def loss(self, e: Evaluation, m: Minibatch) -> Float[Tensor, " n"]:
+        """The loss of each action, before weights."""
+        ...
+
+    def derivatives(self, seen: Seen, m: Minibatch) -> Derivatives:
+        """Its derivatives with respect to what the policy answered."""
+        ...
+
+    def policy_loss(self, seen: Seen, m: Minibatch) -> Float[Tensor, " n"]:
+        """The part of the loss that is the policy's, without entropy and KL terms."""
+        ...
+
+    def clipped(self, seen: Seen, m: Minibatch) -> Bool[Tensor, " n"]:
+        """Where a clip has cut the action's gradient."""
+        ...
+
+    def kl_penalty(self, seen: Seen, m: Minibatch) -> Float[Tensor, " n"] | None:
+        """The KL to a reference in the loss before its coefficient, nats; None without one."""
+        ...
+
+
+def minibatches(
+    batch: Batch, count: int, *, order: Int[Tensor, " U"] | None, whiten_here: bool, per: Averaging
+) -> Iterator[tuple[Int[Tensor, " M"], Units, Minibatch]]:
+    """Split the units, in ``order``, into ``count`` parts whose sizes differ by at most one.
+
+    The whole batch is brought into order once; a part is then a stretch of it. Weights and whitening statistics are
+    those of the part, taken before it is cut into micro-batches.
+
+    Yields:
+        (which units of ``batch`` [M], those units, their actions)
 
     Raises:
         ValueError: there are fewer units than parts.
     """
-    if units < count:
-        raise ValueError(f"minibatches={count}: expected at most the number of units in a rollout, {units}")
-    order = torch.from_numpy(permutation(units, seed, "minibatches", step, epoch))
-    return list(torch.tensor_split(order, count))
+    number = len(batch.units)
+    if number < count:
+        raise ValueError(f"minibatches={count}: expected at most the number of units in a rollout, {number}")
+    index = torch.arange(number) if order is None else order
+    units = batch.units if order is None else batch.units.select(order)
+    actions = batch.actions_of(index)
+    place = slice(None) if order is None else actions.to(batch.old_logp.device)
+    old_logp, old_value = batch.old_logp[place], batch.old_value[place]
+    advantages, returns, episode = batch.advantages[place], batch.returns[place], batch.episode[place]
+    ref_logp = None if batch.ref_logp is None else batch.ref_logp[place]
+    sizes = units.sizes
+    ends = [0, *sizes.cumsum(0)[[number * (part + 1) // count - 1 for part in range(count)]].tolist()]
+    for part in range(count):
+        own, stretch = slice(number * part // count, number * (part + 1) // count), slice(ends[part], ends[part + 1])
+        yield (
+            index[own],
+            units if count == 1 else units.select(own),
+            Minibatch(
+                actions=actions[stretch],
+                old_logp=old_logp[stretch],
+                old_value=old_value[stretch],
+                advantages=whiten(advantages[stretch]) if whiten_here else advantages[stretch],
+                returns=returns[stretch],
+                weights=action_weights(episode[stretch], per),
+                ref_logp=None if ref_logp is None else ref_logp[stretch],
+            ),
+        )
+
+
+def epoch_order(units: int, *, seed: int, step: int, epoch: int) -> Int[Tensor, " U"]:
+    """Return the keyed order in which epoch ``epoch`` of update ``step`` passes over the units."""
+    return torch.from_numpy(permutation(units, seed, "minibatches", step, epoch))
 
 
 def micro_batches(lengths: Int[Tensor, " M"], budget: int | None) -> list[Int[Tensor, " m"]]:
@@ -60,94 +232,75 @@ def action_weights(episode: Int[Tensor, " n"], per: Averaging) -> Float[Tensor, 
     return weights
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """What the forward passes over one minibatch gave, detached; n actions, in the order of ``actions``."""
-
-    actions: Int[Tensor, " n"]
-    """[n] positions in the flat batch."""
-    advantages: Float[Tensor, " n"]
-    """[n] as the loss saw them, whitened if so asked."""
-    logp: Float[Tensor, " n"]
-    """[n] log π_new(a_t | s_t), nats."""
-    entropy: Float[Tensor, " n"]
-    """[n] nats."""
-    value: Float[Tensor, " n"]
-    """[n] V(s_t), in units of return."""
-    exact_kl: Float[Tensor, " n"] | None
-    """[n] KL to the reference over all actions, nats; None without a reference."""
-    weights: Float[Tensor, " n"]
-    """[n] what each action weighed in the mean; they sum to 1."""
-
-
-Loss = Callable[[Evaluation, Int[Tensor, " m"], Float[Tensor, " m"]], Float[Tensor, " m"]]
-"""(evaluation, positions in the flat batch, advantages) → loss per action."""
-
-
 def accumulate(
     policy: Policy,
-    batch: Batch,
-    index: Int[Tensor, " M"],
-    loss: Loss,
+    rows: Int[Tensor, " M"],
+    units: Units,
+    minibatch: Minibatch,
+    objective: Objective,
     *,
-    whiten_here: bool,
-    per: Averaging,
     micro_budget: int | None,
-) -> Evaluated:
-    """Add to the parameters' gradients that of Σ_i w_i loss_i over the units ``index``.
+) -> Seen:
+    """Add to the parameters' gradients that of Σ_i w_i loss_i over a minibatch; return what was seen on the way.
 
-    The weights w and the whitening statistics are those of the whole minibatch, taken before it is cut into
-    micro-batches, so the gradient does not depend on the cut beyond rounding.
+    The gradient enters the policy by its answers: ∂ loss / ∂ (logp, entropy, value, KL) in closed form, and from there
+    by the policy's own backward pass. It does not depend on the cut into micro-batches beyond rounding.
 
     Raises:
-        NonFiniteStep: a loss is not finite.
+        NonFiniteStep: a derivative of the loss is not finite; it names the units ``rows``.
     """
-    actions = batch.actions_of(index)
-    device = batch.old_logp.device
-    all_advantages = batch.advantages[actions.to(device)]
-    if whiten_here:
-        all_advantages = whiten(all_advantages)
-    all_weights = action_weights(batch.episode[actions.to(device)], per)
-    offsets = torch.empty(len(batch), dtype=torch.int64)
-    offsets[actions] = torch.arange(len(actions))
-    parts: list[tuple[Tensor, Tensor, Evaluation]] = []  # detached: no graph outlives its backward pass
-    for group in micro_batches(batch.units.lengths[index], micro_budget):
-        rows = index[group]
-        own = batch.actions_of(rows)
-        place = offsets[own].to(device)
-        evaluation = policy(batch.units.select(rows))
-        own = own.to(device)
-        total = (loss(evaluation, own, all_advantages[place]) * all_weights[place]).sum()
-        if not bool(torch.isfinite(total)):
-            raise NonFiniteStep("the loss", tuple(index.tolist()))
-        if total.requires_grad:
-            total.backward()  # type: ignore[no-untyped-call]
-        parts.append((own, place, _detached(evaluation)))
-    kls = [e.exact_kl for _, _, e in parts if e.exact_kl is not None]
-    places = torch.cat([place for _, place, _ in parts])
-    return Evaluated(
-        actions=torch.cat([own for own, _, _ in parts]),
-        logp=torch.cat([e.logp for _, _, e in parts]),
-        entropy=torch.cat([e.entropy for _, _, e in parts]),
-        value=torch.cat([e.value for _, _, e in parts]),
-        exact_kl=torch.cat(kls) if kls else None,
-        weights=all_weights[places],
-        advantages=all_advantages[places],
+    if micro_budget is None:
+        return _backward(policy, rows, units, minibatch, objective)
+    groups = micro_batches(units.lengths, micro_budget)
+    if len(groups) == 1:
+        return _backward(policy, rows, units, minibatch, objective)
+    sizes = units.sizes
+    starts = sizes.cumsum(0) - sizes
+    places = [torch.cat([torch.arange(int(sizes[u])) + starts[u] for u in group.tolist()]) for group in groups]
+    device = minibatch.weights.device
+    seen = Seen.cat(
+        [
+            _backward(policy, rows, units.select(group), minibatch.select(place.to(device)), objective)
+            for group, place in zip(groups, places, strict=True)
+        ]
     )
+    return seen.select(torch.argsort(torch.cat(places)).to(device))
 
 
-def add_loss(loss: Tensor, index: Int[Tensor, " M"]) -> float:
+def add_loss(loss: Tensor, rows: Int[Tensor, " M"]) -> float:
     """Add to the parameters' gradients that of a mean loss from elsewhere, and return the loss.
 
     Raises:
         NonFiniteStep: the loss is not finite.
     """
     if not bool(torch.isfinite(loss)):
-        raise NonFiniteStep("the extra loss", tuple(index.tolist()))
+        raise NonFiniteStep("the extra loss", tuple(rows.tolist()))
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 
-def _detached(e: Evaluation) -> Evaluation:
-    kl = None if e.exact_kl is None else e.exact_kl.detach()
-    return Evaluation(logp=e.logp.detach(), entropy=e.entropy.detach(), value=e.value.detach(), exact_kl=kl)
+def _backward(policy: Policy, rows: Tensor, units: Units, part: Minibatch, objective: Objective) -> Seen:
+    evaluation = policy(units)
+    seen = Seen.of(evaluation)
+    slopes = objective.derivatives(seen, part)
+    answers: list[Tensor] = []
+    gradients: list[Tensor] = []
+    total: Tensor | float = 0.0
+    for name in ("logp", "entropy", "value", "exact_kl"):
+        slope = getattr(slopes, name)
+        if slope is None:
+            continue
+        total = total + slope.sum()
+        answer = getattr(evaluation, name)
+        if answer.requires_grad:
+            answers.append(answer)
+            gradients.append((slope * part.weights).to(answer.dtype))
+    if not bool(torch.isfinite(torch.as_tensor(total))):
+        raise NonFiniteStep("the loss", tuple(rows.tolist()))
+    if answers:
+        torch.autograd.backward(answers, gradients)
+    return seen
+
+
+def _joined(columns: Sequence[Tensor | None]) -> Tensor | None:
+    return torch.cat([c for c in columns if c is not None]) if columns[0] is not None else None
