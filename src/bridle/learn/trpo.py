@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -82,11 +82,11 @@ class TrustRegionPolicy(Policy, Protocol):
         """Name → parameter: all that π depends on; V depends on none of them."""
         ...
 
-    def freeze(self, units: Units) -> object:
+    def freeze(self, units: Units) -> Any:
         """The present π(· | s) in every state of ``units``, as constants."""
         ...
 
-    def kl(self, units: Units, frozen: object) -> Float[Tensor, " n"]:
+    def kl(self, units: Units, frozen: Any) -> Float[Tensor, " n"]:
         """KL(frozen ‖ present) in every state of ``units``, nats, over all actions; differentiable twice."""
         ...
 
