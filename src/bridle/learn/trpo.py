@@ -133,8 +133,8 @@ def _actor_step(
     """Take the natural gradient step, shortened as far as it must be."""
     ((rows, units, part),) = minibatches(batch, 1, order=None, whiten_here=False, per="action")
     frozen = policy.freeze(units)
+    _check_apart(policy(units).value, actor)
     evaluation = policy(units)
-    _check_apart(evaluation.value, actor)
     before = ratio_loss(evaluation.logp, part.old_logp, part.advantages).mean()
     gradient = -flat_gradient(before, actor)
     if not bool(torch.isfinite(gradient).all()):
