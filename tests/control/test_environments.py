@@ -28,9 +28,9 @@ def transitions(mode: str, *, num_envs: int, steps: int, vectorization: str = "s
         for i in np.flatnonzero(taken.acted):
             seen[i].append(
                 (
-                    tuple(observations[i]),
+                    tuple(observations.vector[i].tolist()),
                     float(taken.rewards[i]),
-                    tuple(taken.successors[i]),
+                    tuple(taken.successors.vector[i].tolist()),
                     bool(taken.terminated[i]),
                     bool(taken.truncated[i]),
                 )
@@ -90,7 +90,7 @@ def test_cartpoles_own_vector_form_keeps_the_terminal_observation() -> None:
     for _ in range(100):
         taken = world.step(np.ones(4, dtype=np.int64))
         for i in np.flatnonzero(taken.terminated):
-            assert abs(taken.successors[i][0]) > 2.4 or abs(taken.successors[i][2]) > 12 * np.pi / 180
+            assert abs(taken.successors.vector[i][0]) > 2.4 or abs(taken.successors.vector[i][2]) > 12 * np.pi / 180
             ended += 1
         assert (taken.rewards[~taken.acted] == 0).all()
     assert ended > 20
@@ -103,8 +103,10 @@ def test_cartpoles_own_vector_form_keeps_the_terminal_observation() -> None:
         ("cartpole-v1", "did you mean CartPole-v1"),
         ("CartPole", "no such environment"),
         ("no_such_module:X-v0", "no_such_module"),
-        ("BridleTest/DictSeen-v0", "observations of Dict are not supported"),
-        ("BridleTest/Bits-v0", "actions of MultiBinary are not supported"),
+        ("BridleTest/TextSeen-v0", "observations of Text are not supported"),
+        ("BridleTest/TextInside-v0", r"observations of Text \(at an observation\['a'\]\[1\]\) are not supported"),
+        ("BridleTest/Nothing-v0", "nothing to see"),
+        ("BridleTest/DictActions-v0", "actions of Dict are not supported"),
         ("BridleTest/WholeBox-v0", r"actions of Box\(int64\) are not supported"),
     ],
 )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from bridle.control.networks import ActorCritic, CategoricalHead, ControlPolicy, NetworkSettings, build_policy
+from bridle.control.networks import ActorCritic, CategoricalHead, NetworkSettings, build_policy
+from bridle.control.policy import ControlPolicy
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
 from bridle.core.moments import Moments
@@ -131,7 +132,7 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refusal.value)
 
     for change, words in (
-        ({"format": 99}, "format 1"),
+        ({"format": 99}, "format 2"),
         ({"network": {**head["network"], "hidden": [5]}}, "do not fit"),
         ({"network": {"width": 3}}, "network"),
         ({"network": {**head["network"], "activation": "exec"}}, "network"),

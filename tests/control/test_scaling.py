@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 
+from bridle.control.observations import Observations
 from bridle.control.scaling import RewardScale, normalise
 from bridle.core.moments import Moments
 
@@ -51,7 +52,8 @@ def test_rewards_stay_as_they_are_before_anything_was_seen() -> None:
 def test_observations_are_standardised_feature_by_feature_and_bounded() -> None:
     seen = torch.tensor([[1.0, -10.0], [3.0, -10.0], [2.0, -40.0]])
     moments = Moments.empty((2,)).updated(seen)
-    found = normalise(torch.tensor([[2.0, -20.0], [3.0, -20.0], [1e6, -1e6]]), moments)
+    found = normalise(Observations(vector=torch.tensor([[2.0, -20.0], [3.0, -20.0], [1e6, -1e6]])), moments).vector
     expected = torch.tensor([[0.0, 0.0], [1 / math.sqrt(2 / 3), 0.0], [10.0, -10.0]])
     torch.testing.assert_close(found, expected)
-    assert normalise(seen, None) is seen
+    raw = Observations(vector=seen)
+    assert normalise(raw, None) is raw

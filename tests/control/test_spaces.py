@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from bridle.control.spaces import (
@@ -44,15 +45,15 @@ def test_rounding_never_leaves_the_box() -> None:
 
 def test_discrete_actions_and_states_start_where_the_space_starts() -> None:
     assert action_spec(spaces.Discrete(3, start=-1), "w").to_world(np.array([0, 2])).tolist() == [-1, 1]
-    encoded = observation_spec(spaces.Discrete(3, start=5), "w").encode(np.array([5, 7]))
+    encoded = observation_spec(spaces.Discrete(3, start=5), "w").encode(np.array([5, 7])).vector
     np.testing.assert_array_equal(encoded, [[1, 0, 0], [0, 0, 1]])
-    assert encoded.dtype == np.float32
+    assert encoded.dtype == torch.float32
 
 
 def test_encoding_flattens_to_float32_and_never_shares_memory() -> None:
     spec = observation_spec(spaces.Box(-1, 1, (2, 3), np.float32), "w")
     raw = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-    encoded = spec.encode(raw)
+    encoded = spec.encode(raw).vector
     raw[:] = -1
     np.testing.assert_array_equal(encoded, np.arange(12).reshape(2, 6))
 
@@ -68,7 +69,7 @@ def test_specs_survive_json(space: spaces.Space[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize(
-    "damaged", [{}, {"kind": "Nonsense"}, {"kind": "BoxObservations"}, {"kind": "DiscreteActions", "n": "x"}]
+    "damaged", [{}, {"kind": "Nonsense"}, {"kind": "Observations"}, {"kind": "DiscreteActions", "n": "x"}]
 )
 def test_a_damaged_description_is_refused(damaged: dict[str, object]) -> None:
     with pytest.raises(ModelError):

@@ -79,8 +79,8 @@ class Strange(Endless):
         self, observation: gymnasium.Space[Any] | None = None, action: gymnasium.Space[Any] | None = None
     ) -> None:
         super().__init__()
-        self.observation_space = observation or self.observation_space
-        self.action_space = action or self.action_space
+        self.observation_space = self.observation_space if observation is None else observation
+        self.action_space = self.action_space if action is None else action
 
 
 class Target(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -103,6 +103,8 @@ class Target(gymnasium.Env[np.ndarray, np.ndarray]):
         return 3 + self.state, reward, True, False, {}
 
 
+_TEXT_INSIDE = spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2), spaces.Text(3)))})
+
 WORLDS: dict[str, dict[str, Any]] = {
     "Counter-v0": {"entry_point": Counter},
     "Endless-v0": {"entry_point": Endless, "max_episode_steps": 4},
@@ -110,8 +112,10 @@ WORLDS: dict[str, dict[str, Any]] = {
     "Raises-v0": {"entry_point": Faulty, "kwargs": {"fault": "raises"}},
     "NaN-v0": {"entry_point": Faulty, "kwargs": {"fault": "nan_observation"}},
     "Infinite-v0": {"entry_point": Faulty, "kwargs": {"fault": "infinite_reward"}},
-    "DictSeen-v0": {"entry_point": Strange, "kwargs": {"observation": spaces.Dict({"a": spaces.Box(0, 1)})}},
-    "Bits-v0": {"entry_point": Strange, "kwargs": {"action": spaces.MultiBinary(3)}},
+    "TextSeen-v0": {"entry_point": Strange, "kwargs": {"observation": spaces.Text(3)}},
+    "TextInside-v0": {"entry_point": Strange, "kwargs": {"observation": _TEXT_INSIDE}},
+    "Nothing-v0": {"entry_point": Strange, "kwargs": {"observation": spaces.Dict({})}},
+    "DictActions-v0": {"entry_point": Strange, "kwargs": {"action": spaces.Dict({"a": spaces.Discrete(2)})}},
     "WholeBox-v0": {"entry_point": Strange, "kwargs": {"action": spaces.Box(0, 3, (2,), np.int64)}},
     "Target-v0": {"entry_point": Target},
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bridle.cli.main import main
-from bridle.control import load_policy
+from bridle.control import Observations, load_policy
 from bridle.control.evaluate import EvaluationSettings
 from bridle.control.making import WorldSettings
 from bridle.control.networks import NetworkSettings
@@ -175,7 +175,7 @@ def test_actor_critic_values_the_endless_world(tmp_path: Path, estimator: str, n
     )
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_every=1000))
     agent = load_policy(run(config) / "policy")
-    value = float(agent.policy.values(torch.ones(1, 1)).detach())
+    value = float(agent.policy.values(Observations(vector=torch.ones(1, 1)), None).detach())
     assert value == pytest.approx(5.0, rel=0.05)
 
 

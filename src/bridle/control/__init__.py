@@ -1,27 +1,40 @@
 """The Gymnasium world: spaces, vector environments, networks, collecting, evaluating."""
 
 from bridle.control.collect import Collector, Episode, Rollout, Stop
-from bridle.control.distributions import Categorical, DiagonalGaussian, Distribution
+from bridle.control.distributions import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    Distribution,
+    MultiCategorical,
+    SquashedGaussian,
+)
 from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, Score, evaluate
+from bridle.control.images import NatureCNN
 from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import (
     ActorCritic,
+    BernoulliHead,
     CategoricalHead,
-    ControlPolicy,
     GaussianHead,
+    MultiCategoricalHead,
     NetworkSettings,
-    Transitions,
     build_policy,
 )
+from bridle.control.observations import Observations
+from bridle.control.policy import Acted, ControlPolicy, Sequences, Transitions
 from bridle.control.prepare import prepare
-from bridle.control.saved import Agent, load_policy, save_policy
+from bridle.control.saved import Agent, Session, load_policy, save_policy
 from bridle.control.spaces import ActionSpec, ObservationSpec
 
 __all__ = [
+    "Acted",
     "ActionSpec",
     "ActorCritic",
     "Agent",
+    "Bernoulli",
+    "BernoulliHead",
     "Categorical",
     "CategoricalHead",
     "Collector",
@@ -31,10 +44,17 @@ __all__ = [
     "Episode",
     "EvaluationSettings",
     "GaussianHead",
+    "MultiCategorical",
+    "MultiCategoricalHead",
+    "NatureCNN",
     "NetworkSettings",
     "ObservationSpec",
+    "Observations",
     "Rollout",
     "Score",
+    "Sequences",
+    "Session",
+    "SquashedGaussian",
     "Stop",
     "Transitions",
     "World",

@@ -8,15 +8,17 @@ from enum import Enum
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bridle.control.environments import World, WorldStep
-from bridle.control.networks import ControlPolicy
+from bridle.control.observations import Observations
+from bridle.control.policy import Acted, ControlPolicy
 from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
 from bridle.random import generator
 
-__all__ = ["Collector", "Episode", "Rollout", "Stop"]
+__all__ = ["Collector", "Episode", "Memory", "Recall", "Rollout", "Stop"]
 
 
 class Stop(Enum):
@@ -39,13 +41,27 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a policy with a memory remembered during T steps of B environments."""
+
+    before: Float[Tensor, "B T S"]
+    """[B, T, S] before each step; the initial one where an episode begins."""
+    fresh: Bool[Tensor, "B T"]
+    """[B, T] True where an episode begins with this step; what was remembered before is forgotten."""
+    last: Float[Tensor, "B S"]
+    """[B, S] before the step that follows the last one."""
+    cut: Float[Tensor, "K S"]
+    """[K, S] after each of the K truncated actions' states, in the order of ``truncated.nonzero()``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """T steps of B environments: facts only. Where ``mask`` is False an environment only reset itself."""
 
-    observations: Float[Tensor, "B T D"]
-    """[B, T, D] what was acted on, encoded, not normalised."""
+    observations: Observations
+    """[B, T, …] what was acted on, and what was allowed, encoded, not normalised."""
     actions: Tensor
-    """[B, T] int64 or [B, T, A] float32: the policy's own actions, before clipping."""
+    """[B, T] or [B, T, A]: the policy's own actions, before squashing and clipping."""
     sampler_logp: Float[Tensor, "B T"]
     """[B, T] log-probability of each action under the distribution it was drawn from, nats."""
     rewards: Float[Tensor, "B T"]
@@ -56,10 +72,12 @@ class Rollout:
     """[B, T] the episode was cut and did not terminate."""
     mask: Bool[Tensor, "B T"]
     """[B, T] True where an action was taken."""
-    last: Float[Tensor, "B D"]
-    """[B, D] the observations after the last step: what the next rollout acts on first."""
-    cut: Float[Tensor, "K D"]
-    """[K, D] true successors of the K truncated actions, in the order of ``truncated.nonzero()``."""
+    last: Observations
+    """[B, …] the observations after the last step: what the next rollout acts on first."""
+    cut: Observations
+    """[K, …] true successors of the K truncated actions, in the order of ``truncated.nonzero()``."""
+    memory: Memory | None
+    """What the policy remembered; None for a memoryless one."""
     episodes: tuple[Episode, ...]
     """The episodes that ended during these steps."""
 
@@ -67,6 +85,44 @@ class Rollout:
     def steps(self) -> int:
         """Actions taken: what counts in budgets and speeds."""
         return int(self.mask.sum())
+
+
+class Recall:
+    """Carries a policy's memory from step to step of B environments, and starts it anew with each episode."""
+
+    def __init__(self, policy: ControlPolicy, num_envs: int) -> None:
+        """Start with the initial memory everywhere; without one there is nothing to do."""
+        self._initial = policy.initial_state(num_envs)
+        self.state = self._initial
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a rollout: forget what was written down, keep what is remembered."""
+        self._before: list[Tensor] = []
+        self._after: list[Tensor] = []
+        self._fresh: list[NDArray[np.bool_]] = []
+
+    def take(self, acted: Acted, taken: WorldStep) -> None:
+        """Follow one step: memory goes on where the episode does."""
+        if self._initial is None:
+            return
+        assert self.state is not None
+        assert acted.state is not None
+        # where an environment only reset itself, its first observation is still to come
+        fresh = taken.over | ~taken.acted
+        self._before.append(self.state)
+        self._after.append(acted.state)
+        self._fresh.append(fresh)
+        self.state = torch.where(torch.from_numpy(fresh).to(acted.state.device)[:, None], self._initial, acted.state)
+
+    def memory(self, truncated: Bool[Tensor, "B T"]) -> Memory | None:
+        """Return what was remembered since :meth:`begin`; None without a memory."""
+        if self.state is None:
+            return None
+        began = [np.zeros_like(self._fresh[0]), *self._fresh[:-1]]
+        after = torch.stack(self._after, dim=1).cpu()
+        before = torch.stack(self._before, dim=1).cpu()
+        return Memory(before=before, fresh=_columns(began), last=self.state.cpu(), cut=after[truncated])
 
 
 class Collector:
@@ -77,7 +133,8 @@ class Collector:
         self.world = world
         self.n_steps = n_steps
         self._device = device or torch.device("cpu")
-        self._observations: Float[np.ndarray, "B D"] | None = None
+        self._observations: Observations | None = None
+        self._recall: Recall | None = None
         self._returns = np.zeros(world.num_envs)
         self._lengths = np.zeros(world.num_envs, dtype=np.int64)
 
@@ -86,6 +143,7 @@ class Collector:
         # leaves room for one environment each at seed, seed + 1, …
         start = int(generator(seed, "environments", step).integers(2**31 - self.world.num_envs))
         self._observations = self.world.reset(start)
+        self._recall = None
         self._returns[:] = 0
         self._lengths[:] = 0
 
@@ -100,31 +158,35 @@ class Collector:
         if self._observations is None:
             raise RuntimeError("call restart before the first rollout")
         observations = self._observations
+        if self._recall is None:
+            self._recall = Recall(policy, self.world.num_envs)
+        recall = self._recall
+        recall.begin()
         draws = generator(seed, "actions", step)
-        shown, actions, logps, steps = [], [], [], []
+        shown, acts, steps = [], [], []
         episodes: list[Episode] = []
         for _ in range(self.n_steps):
-            states = normalise(torch.from_numpy(observations), moments).to(self._device)
-            distribution = policy.distribution(states)
-            action = distribution.draw(draws)
-            taken = self.world.step(action.cpu().numpy())
+            acted = policy.act(normalise(observations, moments).to(self._device), recall.state, draws)
+            taken = self.world.step(policy.play(acted.actions.cpu().numpy()))
             episodes += self._account(taken)
+            recall.take(acted, taken)
             shown.append(observations)
-            actions.append(action.cpu())
-            logps.append(distribution.log_prob(action).cpu())
+            acts.append(acted)
             steps.append(taken)
             observations = taken.observations
         self._observations = observations
+        truncated = _columns([s.truncated for s in steps])
         return Rollout(
-            observations=_columns(shown),
-            actions=torch.stack(actions, dim=1),
-            sampler_logp=torch.stack(logps, dim=1),
+            observations=Observations.stack(shown, dim=1),
+            actions=torch.stack([a.actions for a in acts], dim=1).cpu(),
+            sampler_logp=torch.stack([a.logp for a in acts], dim=1).cpu(),
             rewards=_columns([s.rewards for s in steps]).float(),
             terminated=_columns([s.terminated for s in steps]),
-            truncated=_columns([s.truncated for s in steps]),
+            truncated=truncated,
             mask=_columns([s.acted for s in steps]),
-            last=torch.from_numpy(observations),
-            cut=_cut_successors(steps),
+            last=observations,
+            cut=_cut_successors(steps, truncated),
+            memory=recall.memory(truncated),
             episodes=tuple(episodes),
         )
 
@@ -145,8 +207,6 @@ def _columns(rows: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(rows, axis=1))
 
 
-def _cut_successors(steps: list[WorldStep]) -> Float[Tensor, "K D"]:
-    truncated = np.stack([s.truncated for s in steps], axis=1)
-    rows = [steps[t].successors[b] for b, t in np.argwhere(truncated)]
-    width = steps[0].successors.shape[1]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, width)
+def _cut_successors(steps: list[WorldStep], truncated: Bool[Tensor, "B T"]) -> Observations:
+    rows = [steps[t].successors.with_mask(None).select(slice(b, b + 1)) for b, t in truncated.nonzero().tolist()]
+    return Observations.cat(rows) if rows else steps[0].successors.with_mask(None).select(slice(0))

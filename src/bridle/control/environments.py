@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
+from bridle.control.masks import Masks
+from bridle.control.observations import Observations
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
 from bridle.errors import WorldError
 
@@ -22,10 +25,11 @@ __all__ = ["World", "WorldStep", "foreign"]
 class WorldStep:
     """One step of all B environments."""
 
-    observations: Float[np.ndarray, "B D"]
-    """[B, D] what each environment shows now: the one to act on next."""
-    successors: Float[np.ndarray, "B D"]
-    """[B, D] the true successor of the action, also where the episode ended and the environment was reset."""
+    observations: Observations
+    """[B, …] what each environment shows now, and what it allows: the one to act on next."""
+    successors: Observations
+    """[B, …] the true successor of the action, also where the episode ended and the environment was reset; the mask is
+    not its own there."""
     rewards: Float[np.ndarray, " B"]
     """[B] float64, in units of reward."""
     terminated: Bool[np.ndarray, " B"]
@@ -59,6 +63,7 @@ class World:
         self.observations: ObservationSpec = observation_spec(envs.single_observation_space, name)
         self.actions: ActionSpec = action_spec(envs.single_action_space, name)
         self._envs = envs
+        self._masks = Masks(name, self.observations, self.actions)
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
         self._life_loss = life_loss
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
@@ -68,23 +73,23 @@ class World:
             raise WorldError(f"{name}: metadata['autoreset_mode'] is {mode!r}; {remedy}")
         self._mode = mode
 
-    def reset(self, seed: int) -> Float[np.ndarray, "B D"]:
+    def reset(self, seed: int) -> Observations:
         """Start all environments anew from ``seed`` and return what they show.
 
         Raises:
-            WorldError: the environment raised, or showed something that is not finite.
+            WorldError: the environment raised, showed something that is not finite, or a mask that does not serve.
         """
         with foreign(self.name, "reset"):
             raw, info = self._envs.reset(seed=seed)
         self._lost_lives(info)
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
-        return self._encode(raw)
+        return self._masks.begin(self._encode(raw), info)
 
     def step(self, actions: NDArray[Any]) -> WorldStep:
         """Take the policy's ``actions`` ``[B]`` or ``[B, A]`` in every environment.
 
         Raises:
-            WorldError: the environment raised, or an observation or reward is not finite.
+            WorldError: the environment raised, an observation or reward is not finite, or a mask does not serve.
         """
         acted = ~self._pending
         world_actions = self.actions.to_world(actions)
@@ -97,11 +102,9 @@ class World:
             raise WorldError(f"{self.name}: the reward {rewards[~np.isfinite(rewards)][0]} is not a finite number")
         shown = self._encode(raw)
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
-        successors = observations = shown
         done = terminated | truncated
         terminated |= self._lost_lives(info) & acted & ~done
-        if done.any():
-            successors, observations = self._next_episode(done, shown, world_actions, info)
+        successors, observations = self._next_episode(done, shown, world_actions, info)
         return WorldStep(
             observations=observations,
             successors=successors,
@@ -125,30 +128,42 @@ class World:
         return self._lives < before
 
     def _next_episode(
-        self, done: NDArray[np.bool_], shown: NDArray[np.float32], world_actions: NDArray[Any], info: dict[str, Any]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self, done: NDArray[np.bool_], shown: Observations, world_actions: NDArray[Any], info: dict[str, Any]
+    ) -> tuple[Observations, Observations]:
         """Return (successors, observations) after a step that showed ``shown`` and ended the episodes ``done``."""
+        nobody = np.zeros(self.num_envs, dtype=np.bool_)
+        if not done.any():
+            shown = self._masks.attach(shown, info, idle=nobody)
+            return shown, shown
+        ended = torch.from_numpy(np.flatnonzero(done))
         if self._mode is AutoresetMode.SAME_STEP:
-            successors = shown.copy()
-            successors[done] = self._encode(np.stack([info["final_obs"][i] for i in np.flatnonzero(done)]))
-            return successors, shown
+            successors = shown.with_rows(ended, self._encode_each([info["final_obs"][i] for i in ended.tolist()]))
+            return successors, self._masks.attach(shown, info, idle=nobody)
         if self._mode is AutoresetMode.DISABLED:
             with foreign(self.name, "reset"):
-                raw, _ = self._envs.reset(options={"reset_mask": done.copy()})
-            return shown, np.where(done[:, None], self._encode(raw), shown)
+                raw, reset_info = self._envs.reset(options={"reset_mask": done.copy()})
+            begun = self._masks.attach(self._encode(raw), reset_info, idle=~done)
+            return shown, self._masks.attach(shown, info, idle=done).with_rows(ended, begun.select(ended))
         if not done.all():
             self._pending = done
-            return shown, shown
+            return shown, self._masks.attach(shown, info, idle=done)
         # NEXT_STEP with every environment about to reset: a column without a transition, taken here and now
         with foreign(self.name, "step"):
-            raw, *_ = self._envs.step(world_actions)
-        return shown, self._encode(raw)
+            raw, *_, info = self._envs.step(world_actions)
+        return shown, self._masks.attach(self._encode(raw), info, idle=nobody)
 
-    def _encode(self, raw: NDArray[Any]) -> NDArray[np.float32]:
+    def _encode(self, raw: Any) -> Observations:
         with np.errstate(over="ignore"):  # beyond float32's range is infinite, and refused below
-            encoded = self.observations.encode(raw)
-        if not np.isfinite(encoded).all():
-            row = int(np.flatnonzero(~np.isfinite(encoded).all(axis=1))[0])
+            return self._finite(self.observations.encode(raw))
+
+    def _encode_each(self, raws: list[Any]) -> Observations:
+        with np.errstate(over="ignore"):
+            return self._finite(self.observations.encode_each(raws))
+
+    def _finite(self, encoded: Observations) -> Observations:
+        finite = np.isfinite(encoded.vector.numpy())
+        if not finite.all():
+            row = int(np.flatnonzero(~finite.all(axis=1))[0])
             raise WorldError(f"{self.name}: environment {row} showed an observation that is not finite in float32")
         return encoded
 

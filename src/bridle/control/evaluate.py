@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bridle.control.collect import Recall
 from bridle.control.environments import World
-from bridle.control.networks import ControlPolicy
+from bridle.control.policy import ControlPolicy
 from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
 from bridle.errors import ConfigError
@@ -126,10 +127,12 @@ def evaluate(
     finished: list[list[tuple[float, int]]] = [[] for _ in range(world.num_envs)]
     draws = generator(seed, "evaluation-actions", step)
     observations = world.reset(int(generator(seed, "evaluation-environments", step).integers(2**31 - world.num_envs)))
+    recall = Recall(policy, world.num_envs)
     while (played < quota).any():
-        distribution = policy.distribution(normalise(torch.from_numpy(observations), moments).to(device))
-        actions = distribution.mode() if deterministic else distribution.draw(draws)
-        taken = world.step(actions.cpu().numpy())
+        recall.begin()
+        acted = policy.act(normalise(observations, moments).to(device), recall.state, None if deterministic else draws)
+        taken = world.step(policy.play(acted.actions.cpu().numpy()))
+        recall.take(acted, taken)
         observations = taken.observations
         total += np.where(taken.acted, taken.rewards, 0.0)
         length += taken.acted

@@ -1,94 +1,71 @@
-"""The policy: an actor and a critic over encoded observations, on one trunk or on two."""
+"""The policy: an actor and a critic over what is observed, on one trunk or on two, picked from the spaces."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Self, cast
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bridle.batch import Evaluation
-from bridle.control.distributions import Categorical, DiagonalGaussian, Distribution
-from bridle.control.spaces import ActionSpec, BoxActions, ObservationSpec
+from bridle.control.distributions import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    Distribution,
+    MultiCategorical,
+    SquashedGaussian,
+)
+from bridle.control.images import NATURE_WIDTH, ImageEncoder
+from bridle.control.observations import Observations
+from bridle.control.policy import ControlPolicy, Transitions
+from bridle.control.spaces import (
+    ActionSpec,
+    BoxActions,
+    DiscreteActions,
+    MultiBinaryActions,
+    MultiDiscreteActions,
+    ObservationSpec,
+)
 from bridle.errors import ConfigError
 from bridle.random import torch_rng
 
 __all__ = [
     "ActorCritic",
+    "BernoulliHead",
     "CategoricalHead",
-    "ControlPolicy",
     "GaussianHead",
+    "MultiCategoricalHead",
     "NetworkSettings",
-    "Transitions",
     "build_policy",
     "perceptron",
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Transitions:
-    """The units of this world: one action in one state each."""
-
-    observations: Float[Tensor, "N D"]
-    """[N, D] encoded and normalised observations."""
-    actions: Tensor
-    """[N] int64 for discrete actions, [N, A] float32 for a box: the policy's own, before clipping."""
-
-    def __len__(self) -> int:
-        """Return the number of units, N."""
-        return len(self.observations)
-
-    @property
-    def sizes(self) -> Int[Tensor, " N"]:
-        """[N] one action each."""
-        return torch.ones(len(self), dtype=torch.int64)
-
-    @property
-    def lengths(self) -> Int[Tensor, " N"]:
-        """[N] all cost alike."""
-        return self.sizes
-
-    def select(self, index: Int[Tensor, " M"] | slice) -> Self:
-        """Return the transitions at ``index``, in that order; a stretch of them shares memory."""
-        if isinstance(index, Tensor):
-            index = index.to(self.observations.device)
-        return type(self)(observations=self.observations[index], actions=self.actions[index])
-
-
-class ControlPolicy(nn.Module, ABC):
-    """What collecting and learning ask of a policy."""
-
-    @abstractmethod
-    def forward(self, units: Transitions) -> Evaluation:
-        """Evaluate the actions taken."""
-
-    @abstractmethod
-    def distribution(self, observations: Float[Tensor, "n D"]) -> Distribution:
-        """π(· | s) for n states."""
-
-    @abstractmethod
-    def values(self, observations: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
-        """V(s) for n states, in units of return."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSettings:
-    """The shape of actor and critic."""
+    """The shape of actor and critic; the rest is picked from the spaces."""
 
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers. An image goes through the Nature CNN (512 features); hidden layers follow it only where
+    there are numbers beside images."""
     activation: Literal["tanh", "relu"] = "tanh"
-    """What follows each hidden layer."""
-    shared_trunk: bool = False
-    """Actor and critic share the hidden layers; otherwise each has its own."""
+    """What follows each hidden layer; the Nature CNN has its own."""
+    shared_trunk: bool | None = None
+    """Actor and critic share all but their last layer; otherwise each has its own. None shares where there are images."""
+    std: Literal["parameter", "state"] = "parameter"
+    """σ of a box's actions: one learned vector, or the actor's word in each state."""
     initial_log_std: float = 0.0
-    """log σ of a box's actions at the start, the same in every state, learned; in units of half the box's width."""
+    """log σ of a box's actions at the start, in units of half the box's width."""
+    squash: bool = False
+    """Play tanh of a box's Gaussian action, which stays inside the box; otherwise what is outside is clipped."""
     factory: str | None = None
     """"module:function" that builds another policy from (observations, actions); the other fields are then unused."""
 
@@ -98,6 +75,8 @@ class NetworkSettings:
             raise ConfigError.of("hidden", self.hidden, "widths >= 1")
         if self.activation not in ("tanh", "relu"):
             raise ConfigError.of("activation", self.activation, '"tanh" or "relu"')
+        if self.std not in ("parameter", "state"):
+            raise ConfigError.of("std", self.std, '"parameter" or "state"')
         if not math.isfinite(self.initial_log_std):
             raise ConfigError.of("initial_log_std", self.initial_log_std, "a finite number")
         if self.factory is not None and (self.factory.count(":") != 1 or not all(self.factory.split(":"))):
@@ -105,56 +84,104 @@ class NetworkSettings:
 
 
 class CategoricalHead(nn.Module):
-    """From the actor's output to a distribution over discrete actions."""
+    """From the actor's output, A logits, to a distribution over discrete actions."""
 
-    def forward(self, logits: Float[Tensor, "n A"]) -> Categorical:
-        """Take the output for the logits."""
-        return Categorical(logits=logits)
+    def forward(self, outputs: Float[Tensor, "n A"], mask: Bool[Tensor, "n A"] | None = None) -> Categorical:
+        """Take the outputs for logits, of the allowed actions alone."""
+        return Categorical(logits=outputs, mask=mask)
+
+
+class MultiCategoricalHead(nn.Module):
+    """From the actor's output, a logit for each option of each choice, to a distribution over several choices at once."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, outputs: Float[Tensor, "n A"], mask: Bool[Tensor, "n A"] | None = None) -> MultiCategorical:
+        """Take the outputs for logits, of the allowed options alone."""
+        return MultiCategorical(logits=outputs, sizes=self.sizes, mask=mask)
+
+
+class BernoulliHead(nn.Module):
+    """From the actor's output, A log-odds, to a distribution over switches."""
+
+    def forward(self, outputs: Float[Tensor, "n A"], mask: Bool[Tensor, "n A"] | None = None) -> Bernoulli:
+        """Take the outputs for log-odds; no mask reaches this kind of action."""
+        return Bernoulli(logits=outputs)
 
 
 class GaussianHead(nn.Module):
-    """From the actor's output to a distribution over a box; the deviation is a parameter, the same in every state."""
+    """From the actor's output to a distribution over a box's A coordinates.
 
-    def __init__(self, width: int, initial_log_std: float) -> None:
+    Without ``per_state`` the output is the mean [n, A], and log σ a parameter; with it, the output [n, 2A] is the mean and
+    what is added to ``initial_log_std``. With ``squash`` the action played is tanh of the Gaussian one.
+    """
+
+    def __init__(
+        self, width: int, initial_log_std: float = 0.0, *, per_state: bool = False, squash: bool = False
+    ) -> None:
         super().__init__()
-        self.log_std = nn.Parameter(torch.full((width,), initial_log_std))
+        self.squash = squash
+        self.initial_log_std = initial_log_std
+        self.log_std = None if per_state else nn.Parameter(torch.full((width,), initial_log_std))
 
-    def forward(self, mean: Float[Tensor, "n A"]) -> DiagonalGaussian:
-        """Take the output for the mean."""
-        return DiagonalGaussian(mean=mean, log_std=self.log_std.expand_as(mean))
+    def forward(
+        self, outputs: Float[Tensor, "n W"], mask: Bool[Tensor, "n A"] | None = None
+    ) -> DiagonalGaussian | SquashedGaussian:
+        """Take the outputs for the mean, and for log σ where it depends on the state; no mask reaches this kind."""
+        if self.log_std is None:
+            mean, shift = outputs.chunk(2, dim=-1)
+            gaussian = DiagonalGaussian(mean=mean, log_std=self.initial_log_std + shift)
+        else:
+            gaussian = DiagonalGaussian(mean=outputs, log_std=self.log_std.expand_as(outputs))
+        return SquashedGaussian(gaussian=gaussian) if self.squash else gaussian
 
 
 class ActorCritic(ControlPolicy):
-    """A trunk (or none), an actor and a critic on it, and the head that makes the actor's output a distribution.
+    """A memoryless policy made of any modules.
 
-    Weights are touched only inside the ``forward`` of this module's parts.
+    ``trunk`` (or, without one, ``actor`` and ``critic``) is given the vector [n, D] where the observations hold no images, and
+    the :class:`Observations` whole where they do: images as uint8, which a network divides by 255 itself. ``actor`` and
+    ``critic`` [n, 1] read what the trunk gives; ``head`` makes a distribution of what the actor gives and the action mask.
+
+        policy = ActorCritic(actor=nn.Linear(4, 2), critic=nn.Linear(4, 1), head=CategoricalHead())
     """
 
     def __init__(self, *, actor: nn.Module, critic: nn.Module, head: nn.Module, trunk: nn.Module | None = None) -> None:
-        """Join the parts: trunk [n, D] → [n, F] (None: the identity), actor [n, F] → [n, A], critic [n, F] → [n, 1]."""
         super().__init__()
-        self.trunk = nn.Identity() if trunk is None else trunk
+        self.trunk = trunk if trunk is not None else nn.Identity()
         self.actor = actor
         self.critic = critic
         self.head = head
 
     def forward(self, units: Transitions) -> Evaluation:
         """Evaluate the actions taken, with one pass through the trunk."""
-        features = self.trunk(units.observations)
-        distribution = cast(Distribution, self.head(self.actor(features)))
+        features = self.trunk(units.observations.inputs)
+        distribution = cast(Distribution, self.head(self.actor(features), units.observations.mask))
         return Evaluation(
             logp=distribution.log_prob(units.actions),
             entropy=distribution.entropy(),
             value=self.critic(features).squeeze(-1),
         )
 
-    def distribution(self, observations: Float[Tensor, "n D"]) -> Distribution:
+    def distribution(self, observations: Observations, state: Tensor | None) -> tuple[Distribution, Tensor | None]:
         """π(· | s) for n states."""
-        return cast(Distribution, self.head(self.actor(self.trunk(observations))))
+        outputs = self.actor(self.trunk(observations.inputs))
+        return cast(Distribution, self.head(outputs, observations.mask)), state
 
-    def values(self, observations: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+    def values(self, observations: Observations, state: Tensor | None) -> Float[Tensor, " n"]:
         """V(s) for n states, in units of return."""
-        return cast(Tensor, self.critic(self.trunk(observations)).squeeze(-1))
+        return cast(Tensor, self.critic(self.trunk(observations.inputs)).squeeze(-1))
+
+    def play(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Squash the actions if the head says so."""
+        return squashed(self.head, actions)
+
+
+def squashed(head: nn.Module, actions: NDArray[Any]) -> NDArray[Any]:
+    """Return what is played of the actions of ``head``."""
+    return np.tanh(actions) if isinstance(head, GaussianHead) and head.squash else actions
 
 
 def perceptron(widths: tuple[int, ...], activation: Literal["tanh", "relu"], *, output_gain: float | None) -> nn.Module:
@@ -178,32 +205,72 @@ def perceptron(widths: tuple[int, ...], activation: Literal["tanh", "relu"], *, 
 def build_policy(
     observations: ObservationSpec, actions: ActionSpec, settings: NetworkSettings, *, seed: int
 ) -> ControlPolicy:
-    """Build the policy with weights drawn from the key (seed, "network").
+    """Build the policy that the spaces and ``settings`` ask for, with weights drawn from the key (seed, "network").
 
     Raises:
-        ConfigError: ``settings.factory`` cannot be imported or does not give a :class:`ControlPolicy`.
+        ConfigError: ``settings.factory`` cannot be imported or does not give a :class:`ControlPolicy`, or the settings do
+            not suit the spaces.
     """
     with torch_rng(seed, "network"):
         if settings.factory is not None:
             return _from_factory(settings.factory, observations, actions)
-        return _perceptrons(observations, actions, settings)
+        head, width = _head(actions, settings)
+        shared = settings.shared_trunk if settings.shared_trunk is not None else bool(observations.images)
+        if observations.images:
+            return _on_images(observations, settings, head, width, shared=shared)
+        layers, kind = (observations.width, *settings.hidden), settings.activation
+        trunk = perceptron(layers, kind, output_gain=None) if shared else None
+        layers = layers[-1:] if shared else layers
+        return ActorCritic(
+            trunk=trunk,
+            actor=perceptron((*layers, width), kind, output_gain=0.01),
+            critic=perceptron((*layers, 1), kind, output_gain=1.0),
+            head=head,
+        )
 
 
-def _perceptrons(observations: ObservationSpec, actions: ActionSpec, settings: NetworkSettings) -> ActorCritic:
-    layers, kind = (observations.width, *settings.hidden), settings.activation
-    trunk: nn.Module | None = None
-    if settings.shared_trunk:
-        trunk = perceptron(layers, kind, output_gain=None)
-        layers = layers[-1:]
-    head: nn.Module = CategoricalHead()
-    if isinstance(actions, BoxActions):
-        head = GaussianHead(actions.width, settings.initial_log_std)
-    return ActorCritic(
-        trunk=trunk,
-        actor=perceptron((*layers, actions.width), kind, output_gain=0.01),
-        critic=perceptron((*layers, 1), kind, output_gain=1.0),
-        head=head,
-    )
+def _head(actions: ActionSpec, settings: NetworkSettings) -> tuple[nn.Module, int]:
+    """Return the head for these actions, and how many outputs of the actor it reads."""
+    match actions:
+        case DiscreteActions():
+            return CategoricalHead(), actions.width
+        case MultiDiscreteActions():
+            return MultiCategoricalHead(actions.nvec), actions.width
+        case MultiBinaryActions():
+            return BernoulliHead(), actions.width
+        case BoxActions():
+            if settings.squash and not actions.bounded:
+                remedy = "this world's actions are unbounded: leave squash out"
+                raise ConfigError.of("squash", settings.squash, "a box with bounds on every side", remedy)
+            per_state = settings.std == "state"
+            head = GaussianHead(actions.width, settings.initial_log_std, per_state=per_state, squash=settings.squash)
+            return head, actions.width * (2 if per_state else 1)
+
+
+def _on_images(
+    observations: ObservationSpec, settings: NetworkSettings, head: nn.Module, width: int, *, shared: bool
+) -> ActorCritic:
+    def encoder() -> ImageEncoder:
+        return image_encoder(observations, settings)
+
+    if shared:
+        trunk = encoder()
+        actor = perceptron((trunk.width, width), settings.activation, output_gain=0.01)
+        critic = perceptron((trunk.width, 1), settings.activation, output_gain=1.0)
+        return ActorCritic(trunk=trunk, actor=actor, critic=critic, head=head)
+    own, other = encoder(), encoder()
+    actor = nn.Sequential(own, perceptron((own.width, width), settings.activation, output_gain=0.01))
+    critic = nn.Sequential(other, perceptron((other.width, 1), settings.activation, output_gain=1.0))
+    return ActorCritic(actor=actor, critic=critic, head=head)
+
+
+def image_encoder(observations: ObservationSpec, settings: NetworkSettings) -> ImageEncoder:
+    """Return the encoder of images, and of the numbers beside them."""
+    numbers = observations.width
+    before = NATURE_WIDTH * len(observations.images) + numbers
+    hidden = perceptron((before, *settings.hidden), settings.activation, output_gain=None) if numbers else None
+    width = settings.hidden[-1] if numbers and settings.hidden else before
+    return ImageEncoder(sizes=tuple(image.size for image in observations.images), hidden=hidden, width=width)
 
 
 def _from_factory(name: str, observations: ObservationSpec, actions: ActionSpec) -> ControlPolicy:

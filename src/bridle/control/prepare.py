@@ -8,12 +8,17 @@ from torch import Tensor
 
 from bridle.batch import Batch, Trajectories
 from bridle.control.collect import Rollout
-from bridle.control.networks import ControlPolicy, Transitions
+from bridle.control.observations import Observations
+from bridle.control.policy import ControlPolicy, Sequences, Transitions
 from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
 from bridle.learn.advantages import AdvantageSettings, estimate
 
 __all__ = ["prepare", "trajectories"]
+
+
+_MOST_IMAGES = 1024
+"""States valued at once where they hold images, whose features take much memory."""
 
 
 @torch.no_grad()
@@ -26,9 +31,12 @@ def trajectories(
     that was cut off, and where it terminated it counts for nothing. ``rewards`` stand in for the rollout's own.
     """
     B, T = rollout.mask.shape
-    states = torch.cat([rollout.observations.flatten(0, 1), rollout.last, rollout.cut])
-    device = next(policy.parameters()).device
-    found = policy.values(normalise(states, moments).to(device)).float().cpu()
+    # the critic asks for no mask
+    shown, last_shown = (o.with_mask(None) for o in (rollout.observations, rollout.last))
+    states = normalise(Observations.cat([shown.flatten(), last_shown, rollout.cut]), moments)
+    memory = rollout.memory
+    state = None if memory is None else torch.cat([memory.before.flatten(0, 1), memory.last, memory.cut])
+    found = _values(policy, states, state).float().cpu()
     values, last = found[: B * T].view(B, T), found[B * T : B * T + B]
     next_values = torch.cat([values[:, 1:], last[:, None]], dim=1)
     next_values[rollout.truncated] = found[B * T + B :]
@@ -63,9 +71,7 @@ def prepare(
     advantages, returns = estimate(seen, settings)
     mask = rollout.mask
     device = next(policy.parameters()).device
-    units = Transitions(
-        observations=normalise(rollout.observations[mask], moments).to(device), actions=rollout.actions[mask].to(device)
-    )
+    units = _units(rollout, moments, device)
     return Batch(
         units=units,
         old_logp=rollout.sampler_logp[mask].to(device),
@@ -73,6 +79,32 @@ def prepare(
         advantages=advantages[mask].to(device),
         returns=returns[mask].to(device),
         episode=_episodes(rollout)[mask].to(device),
+    )
+
+
+def _values(policy: ControlPolicy, states: Observations, state: Tensor | None) -> Float[Tensor, " n"]:
+    device = next(policy.parameters()).device
+    size = _MOST_IMAGES if states.images else len(states)
+    parts = [slice(at, at + size) for at in range(0, len(states), size)]
+    return torch.cat(
+        [
+            policy.values(states.select(part).to(device), None if state is None else state[part].to(device))
+            for part in parts
+        ]
+    )
+
+
+def _units(rollout: Rollout, moments: Moments | None, device: torch.device) -> Transitions | Sequences:
+    observations, memory = normalise(rollout.observations, moments), rollout.memory
+    if memory is None:
+        mask = rollout.mask
+        return Transitions(observations=observations.select(mask).to(device), actions=rollout.actions[mask].to(device))
+    return Sequences(
+        observations=observations.to(device),
+        actions=rollout.actions.to(device),
+        state=memory.before[:, 0].to(device),
+        fresh=memory.fresh.to(device),
+        mask=rollout.mask.to(device),
     )
 
 

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bridle.control.networks import ControlPolicy, NetworkSettings, build_policy
+from bridle.control.masks import allowed
+from bridle.control.networks import NetworkSettings, build_policy
+from bridle.control.policy import ControlPolicy
 from bridle.control.scaling import normalise
 from bridle.control.spaces import (
     ActionSpec,
@@ -30,9 +32,9 @@ from bridle.control.spaces import (
 from bridle.core.moments import Moments
 from bridle.errors import ModelError
 
-__all__ = ["Agent", "load_policy", "save_policy"]
+__all__ = ["Agent", "Session", "load_policy", "save_policy"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout."""
 
 
@@ -49,21 +51,61 @@ class Agent:
     moments: Moments | None
     """Observation statistics, frozen; None if observations are not normalised."""
 
-    @torch.no_grad()
-    def act(self, observation: Any, *, draws: np.random.Generator | None = None) -> Any:
+    def act(self, observation: Any, *, mask: Any = None, draws: np.random.Generator | None = None) -> Any:
         """Choose an action for one raw observation: the most likely one, or one drawn with ``draws``.
+
+        Args:
+            observation: as the environment shows it.
+            mask: the allowed actions, as the environment's ``info["action_mask"]`` tells them; None allows all.
+            draws: makes the choice random.
+
+        Raises:
+            ModelError: the observation is not of the shape that the policy was trained on, or the policy has a memory.
+            WorldError: the mask does not fit the actions, or allows nothing.
+        """
+        if self.policy.initial_state(1) is not None:
+            raise ModelError("this policy has a memory; use session = agent.session() and session.act(observation)")
+        return self._act(observation, mask, None, draws)[0]
+
+    def session(self, *, draws: np.random.Generator | None = None) -> Session:
+        """Begin to act in one environment, with what memory the policy has; with ``draws`` actions are drawn."""
+        return Session(self, draws)
+
+    @torch.no_grad()
+    def _act(
+        self, observation: Any, mask: Any, state: torch.Tensor | None, draws: np.random.Generator | None
+    ) -> tuple[Any, torch.Tensor | None]:
+        seen = self.observations.encode_each([observation])
+        if mask is not None:
+            seen = seen.with_mask(allowed(np.asarray(mask)[None], self.actions, "the environment"))
+        device = next(self.policy.parameters()).device
+        acted = self.policy.act(normalise(seen, self.moments).to(device), state, draws)
+        chosen: NDArray[Any] = self.actions.to_world(self.policy.play(acted.actions.cpu().numpy()))[0]
+        return int(chosen) if isinstance(self.actions, DiscreteActions) else chosen, acted.state
+
+
+class Session:
+    """An agent in one environment: it remembers the episode, if its policy does."""
+
+    def __init__(self, agent: Agent, draws: np.random.Generator | None) -> None:
+        """Begin an episode."""
+        self._agent = agent
+        self._draws = draws
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin another episode: what was remembered is forgotten."""
+        self._state = self._agent.policy.initial_state(1)
+
+    def act(self, observation: Any, *, mask: Any = None) -> Any:
+        """Choose an action for the episode's next raw observation.
 
         Raises:
             ModelError: the observation is not of the shape that the policy was trained on.
+            WorldError: the mask does not fit the actions, or allows nothing.
         """
-        raw = np.asarray(observation)
-        if raw.shape != self.observations.shape:
-            raise ModelError(f"an observation of shape {raw.shape}; this policy sees {self.observations.shape}")
-        states = normalise(torch.from_numpy(self.observations.encode(raw[None])), self.moments)
-        distribution = self.policy.distribution(states.to(next(self.policy.parameters()).device))
-        action = distribution.mode() if draws is None else distribution.draw(draws)
-        chosen: NDArray[Any] = self.actions.to_world(action.cpu().numpy())[0]
-        return int(chosen) if isinstance(self.actions, DiscreteActions) else chosen
+        action, self._state = self._agent._act(observation, mask, self._state, self._draws)
+        return action
 
 
 def save_policy(folder: Path, agent: Agent, settings: NetworkSettings, *, env: str) -> None:

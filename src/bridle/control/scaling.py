@@ -8,17 +8,37 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bridle.control.observations import Observations
 from bridle.core.moments import Moments
 
-__all__ = ["RewardScale", "normalise"]
+__all__ = ["RewardScale", "normalise", "observed"]
 
 OBSERVATION_BOUND = 10.0
 """Normalised observations are clipped to ± this many deviations."""
 
 
-def normalise(observations: Float[Tensor, "n D"], moments: Moments | None) -> Float[Tensor, "n D"]:
-    """Standardise each feature by ``moments``, clipped to ±10 deviations; without moments, return them as they are."""
-    return observations if moments is None else moments.standardise(observations, bound=OBSERVATION_BOUND)
+def normalise(observations: Observations, moments: Moments | None) -> Observations:
+    """Standardise each number by ``moments``, clipped to ±10 deviations; without moments, return all as it is.
+
+    Images stay bytes; bits and one-hots stay 0 and 1, since :func:`observed` leaves their moments at 0.
+    """
+    if moments is None:
+        return observations
+    return observations.with_vector(moments.standardise(observations.vector, bound=OBSERVATION_BOUND))
+
+
+def observed(
+    moments: Moments, observations: Observations, mask: Bool[Tensor, "*n"], measured: Bool[Tensor, " D"]
+) -> Moments:
+    """Return the moments with these observations taken in.
+
+    Args:
+        moments: (D,) of each number of the vector.
+        observations: [*n, …].
+        mask: [*n] True where an observation was acted on.
+        measured: [D] True for numbers of a Box; the others count as 0 throughout, which leaves them as they are.
+    """
+    return moments.updated(observations.vector * measured, mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

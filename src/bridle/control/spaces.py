@@ -1,26 +1,37 @@
-"""Gymnasium's spaces as the policy sees them: observations as float32 vectors, actions in units of its own."""
+"""Gymnasium's spaces as the policy sees them: observations as vectors and images, actions in units of its own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from gymnasium import spaces
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
+from bridle.control.observations import Observations
 from bridle.errors import ModelError, WorldError
 
 __all__ = [
     "ActionSpec",
     "BoxActions",
-    "BoxObservations",
+    "BoxPart",
     "DiscreteActions",
-    "DiscreteObservations",
+    "DiscretePart",
+    "ImagePart",
+    "MaskPart",
+    "MultiBinaryActions",
+    "MultiBinaryPart",
+    "MultiDiscreteActions",
+    "MultiDiscretePart",
     "ObservationSpec",
+    "Part",
     "action_spec",
     "action_spec_from_json",
     "observation_spec",
@@ -28,28 +39,44 @@ __all__ = [
     "spec_to_json",
 ]
 
+Path = tuple[str | int, ...]
+"""Keys of Dicts and places in Tuples that lead from a whole observation to a part of it; () is the whole."""
+
+Layout = Literal["hw", "chw", "hwc", "fchw", "fhwc"]
+"""The axes of an image: height, width, channels, frames."""
+
+MASK_KEY = "action_mask"
+"""The key of a Dict observation, and of Gymnasium's info, that tells which actions are allowed."""
+
+LEAST_SIDE = 36
+"""Pixels of the smallest side that the Nature CNN can read; a smaller array of uint8 is taken for numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BoxObservations:
+class BoxPart:
     """A Box of numbers, flattened."""
 
+    path: Path
+    """Where it is found in an observation."""
     shape: tuple[int, ...]
-    """Shape of one observation."""
+    """Shape of one."""
 
     @property
     def width(self) -> int:
-        """D, the length of one encoded observation."""
+        """How many numbers of the vector it fills."""
         return math.prod(self.shape)
 
-    def encode(self, raw: NDArray[Any]) -> Float[np.ndarray, "n D"]:
-        """Encode a batch ``[n, *shape]``; the result never shares memory with ``raw``."""
-        return np.array(raw, dtype=np.float32).reshape(len(raw), self.width)
+    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
+        """Encode a batch ``[n, *shape]`` into ``out``."""
+        out[:] = np.asarray(raw).reshape(len(out), self.width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiscreteObservations:
+class DiscretePart:
     """One of n states, one-hot."""
 
+    path: Path
+    """Where it is found in an observation."""
     n: int
     """Number of states."""
     start: int
@@ -57,18 +84,166 @@ class DiscreteObservations:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one observation: a scalar."""
+        """Shape of one: a scalar."""
         return ()
 
     @property
     def width(self) -> int:
-        """D, the length of one encoded observation."""
+        """How many numbers of the vector it fills."""
         return self.n
 
-    def encode(self, raw: NDArray[Any]) -> Float[np.ndarray, "n D"]:
-        """Encode a batch ``[n]`` of state numbers."""
-        encoded: NDArray[np.float32] = np.eye(self.n, dtype=np.float32)[np.asarray(raw) - self.start]
-        return encoded
+    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
+        """Encode a batch ``[n]`` of state numbers into ``out``."""
+        _write_one_hot(np.asarray(raw) - self.start, self.n, out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiDiscretePart:
+    """Several numbers, each one of its own n, one-hot one after the other."""
+
+    path: Path
+    """Where it is found in an observation."""
+    nvec: tuple[int, ...]
+    """How many values each has, flattened."""
+    start: tuple[int, ...]
+    """The first value of each, flattened."""
+    shape: tuple[int, ...]
+    """Shape of one."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers of the vector it fills."""
+        return sum(self.nvec)
+
+    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
+        """Encode a batch ``[n, *shape]`` into ``out``."""
+        numbers = np.asarray(raw).reshape(len(out), len(self.nvec)) - np.array(self.start)
+        at = 0
+        for column, n in zip(numbers.T, self.nvec, strict=True):
+            _write_one_hot(column, n, out[:, at : at + n])
+            at += n
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiBinaryPart:
+    """Bits, as 0 and 1."""
+
+    path: Path
+    """Where it is found in an observation."""
+    shape: tuple[int, ...]
+    """Shape of one."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers of the vector it fills."""
+        return math.prod(self.shape)
+
+    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
+        """Encode a batch ``[n, *shape]`` into ``out``."""
+        out[:] = np.asarray(raw).reshape(len(out), self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePart:
+    """An image of uint8, or a stack of frames, which become channels."""
+
+    path: Path
+    """Where it is found in an observation."""
+    shape: tuple[int, ...]
+    """Shape of one, as the world has it."""
+    layout: Layout
+    """What its axes are."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(C, H, W) as networks see it."""
+        axes = dict(zip(self.layout, self.shape, strict=True))
+        return axes.get("f", 1) * axes.get("c", 1), axes["h"], axes["w"]
+
+    def encode(self, raw: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return a batch ``[n, *shape]`` as [n, C, H, W], in memory of its own."""
+        raw = np.asarray(raw)
+        if self.layout.endswith("c"):
+            raw = np.moveaxis(raw, -1, -3)
+        return np.array(raw, dtype=np.uint8, order="C").reshape(len(raw), *self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskPart:
+    """Which actions are allowed, taken out of the vector."""
+
+    path: Path
+    """Where it is found in an observation."""
+    shape: tuple[int, ...]
+    """(A,)."""
+
+
+Number = BoxPart | DiscretePart | MultiDiscretePart | MultiBinaryPart
+Part = Number | ImagePart | MaskPart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservationSpec:
+    """An observation's parts, in the order in which they are laid side by side."""
+
+    parts: tuple[Part, ...]
+    """The leaves of the space: Dicts by key in Gymnasium's order, Tuples by place."""
+
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        """The parts that the vector is made of."""
+        return tuple(part for part in self.parts if not isinstance(part, ImagePart | MaskPart))
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        """The images."""
+        return tuple(part for part in self.parts if isinstance(part, ImagePart))
+
+    @property
+    def mask(self) -> MaskPart | None:
+        """The action mask, if the observation holds one."""
+        return next((part for part in self.parts if isinstance(part, MaskPart)), None)
+
+    @property
+    def width(self) -> int:
+        """D, the length of the vector."""
+        return sum(part.width for part in self.numbers)
+
+    @property
+    def measured(self) -> Bool[Tensor, " D"]:
+        """[D] True where the vector holds a Box's numbers, which normalisation may scale; False for bits and one-hots."""
+        kinds = [isinstance(part, BoxPart) for part in self.numbers for _ in range(part.width)]
+        return torch.tensor(kinds, dtype=torch.bool)
+
+    def encode(self, raw: Any) -> Observations:
+        """Encode a batch as Gymnasium's vector environments give it; the result never shares memory with ``raw``.
+
+        Raises:
+            WorldError: a number lies outside its Discrete or MultiDiscrete space.
+        """
+        return self._encode([_at(raw, part.path) for part in self.parts])
+
+    def encode_each(self, raws: list[Any]) -> Observations:
+        """Encode single observations, each as its environment gives it.
+
+        Raises:
+            ModelError: one is not of the shape that is expected.
+            WorldError: as :meth:`encode`.
+        """
+        return self._encode([np.stack([_single(raw, part) for raw in raws]) for part in self.parts])
+
+    def _encode(self, columns: list[Any]) -> Observations:
+        vector = np.zeros((len(columns[0]), self.width), dtype=np.float32)
+        images, mask, at = [], None, 0
+        for part, raw in zip(self.parts, columns, strict=True):
+            if isinstance(part, ImagePart):
+                images.append(torch.from_numpy(part.encode(raw)))
+            elif isinstance(part, MaskPart):
+                mask = torch.from_numpy(np.array(raw, dtype=np.bool_))
+            else:
+                part.write(raw, vector[:, at : at + part.width])
+                at += part.width
+        return Observations(vector=torch.from_numpy(vector), images=tuple(images), mask=mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +260,67 @@ class DiscreteActions:
         """How many numbers the actor gives for one state: a logit for each action."""
         return self.n
 
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The sizes of the choices that one action makes."""
+        return (self.n,)
+
     def to_world(self, actions: Int[np.ndarray, " n"]) -> NDArray[Any]:
         """Turn the policy's actions into the world's."""
         return actions + self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiDiscreteActions:
+    """Several choices at once; the policy numbers the options of each from 0."""
+
+    nvec: tuple[int, ...]
+    """How many options each choice has, flattened."""
+    start: tuple[int, ...]
+    """The world's number of each choice's option 0, flattened."""
+    shape: tuple[int, ...]
+    """Shape of one action in the world."""
+    dtype: str
+    """The world's number type, such as "int64"."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers the actor gives for one state: a logit for each option of each choice."""
+        return sum(self.nvec)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The sizes of the choices that one action makes."""
+        return self.nvec
+
+    def to_world(self, actions: Int[np.ndarray, "n K"]) -> NDArray[Any]:
+        """Turn the policy's actions into the world's."""
+        numbered: NDArray[Any] = (actions + np.array(self.start)).astype(self.dtype)
+        return numbered.reshape(len(actions), *self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiBinaryActions:
+    """Several switches at once, each 0 or 1."""
+
+    shape: tuple[int, ...]
+    """Shape of one action in the world."""
+    dtype: str
+    """The world's number type, such as "int8"."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers the actor gives for one state: a logit for each switch."""
+        return math.prod(self.shape)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Nothing that a mask can forbid."""
+        return ()
+
+    def to_world(self, actions: Int[np.ndarray, "n A"]) -> NDArray[Any]:
+        """Turn the policy's actions into the world's."""
+        return actions.astype(self.dtype).reshape(len(actions), *self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +344,16 @@ class BoxActions:
         """A, the number of coordinates; the actor gives a mean for each."""
         return len(self.low)
 
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Nothing that a mask can forbid."""
+        return ()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every coordinate is bounded on both sides."""
+        return None not in self.low and None not in self.high
+
     def to_world(self, actions: Float[np.ndarray, "n A"]) -> NDArray[Any]:
         """Scale and clip the policy's actions to the world's box; the policy's own are left as they are."""
         low = np.array([-np.inf if bound is None else bound for bound in self.low])
@@ -125,50 +368,98 @@ class BoxActions:
         return clipped.reshape(len(actions), *self.shape)
 
 
-ObservationSpec = BoxObservations | DiscreteObservations
-ActionSpec = DiscreteActions | BoxActions
+ActionSpec = DiscreteActions | MultiDiscreteActions | MultiBinaryActions | BoxActions
 
 
 def observation_spec(space: gymnasium.Space[Any], world: str) -> ObservationSpec:
     """Return how ``world`` is observed.
 
+    A Box of uint8 with two to four dimensions and sides of at least 36 pixels is an image; of three dimensions, the
+    channels are the first or the last, whichever is shorter (the last of equals); a fourth, before them, counts
+    frames. Any other Box is numbers. In a Dict, the key "action_mask" tells which actions are allowed.
+
     Raises:
-        WorldError: the space is neither Box nor Discrete.
+        WorldError: the space, or one inside it, is not supported.
     """
+    parts = tuple(_parts(space, (), world))
+    if not parts or all(isinstance(part, MaskPart) for part in parts):
+        raise WorldError(f"{world}: its observations hold nothing to see; give the space at least one part")
+    return ObservationSpec(parts=parts)
+
+
+def _parts(space: gymnasium.Space[Any], path: Path, world: str) -> Iterator[Part]:
     match space:
-        case gymnasium.spaces.Box():
-            return BoxObservations(shape=tuple(space.shape))
-        case gymnasium.spaces.Discrete():
-            return DiscreteObservations(n=int(space.n), start=int(space.start))
+        case spaces.Dict():
+            for key, inner in space.spaces.items():
+                yield from _parts(inner, (*path, key), world)
+        case spaces.Tuple():
+            for place, inner in enumerate(space.spaces):
+                yield from _parts(inner, (*path, place), world)
+        case spaces.Box() | spaces.MultiBinary() | spaces.MultiDiscrete() if path == (MASK_KEY,):
+            yield MaskPart(path=path, shape=tuple(space.shape))
+        case spaces.Box():
+            layout = _layout(space)
+            if layout is None:
+                yield BoxPart(path=path, shape=tuple(space.shape))
+            else:
+                yield ImagePart(path=path, shape=tuple(space.shape), layout=layout)
+        case spaces.Discrete():
+            yield DiscretePart(path=path, n=int(space.n), start=int(space.start))
+        case spaces.MultiDiscrete():
+            nvec, start = _whole(space.nvec), _whole(space.start)
+            yield MultiDiscretePart(path=path, nvec=nvec, start=start, shape=tuple(space.shape))
+        case spaces.MultiBinary():
+            yield MultiBinaryPart(path=path, shape=tuple(space.shape))
         case _:
+            inside = f" (at {_name(path)})" if path else ""
             raise WorldError(
-                f"{world}: observations of {_kind(space)} are not supported; wrap the environment so that they are Box "
-                "or Discrete (gymnasium.wrappers.FlattenObservation)"
+                f"{world}: observations of {_kind(space)}{inside} are not supported; wrap the environment so that they "
+                "are Box, Discrete, MultiDiscrete, MultiBinary, or Dict and Tuple of these"
             )
+
+
+def _layout(space: spaces.Box) -> Layout | None:
+    """Return the axes of an image, None for numbers."""
+    shape = space.shape
+    if space.dtype != np.uint8 or len(shape) not in (2, 3, 4):
+        return None
+    first = len(shape) > 2 and shape[-3] < shape[-1]
+    layouts: dict[int, Layout] = {2: "hw", 3: "chw" if first else "hwc", 4: "fchw" if first else "fhwc"}
+    layout = layouts[len(shape)]
+    sides = [size for axis, size in zip(layout, shape, strict=True) if axis in "hw"]
+    return layout if min(sides) >= LEAST_SIDE else None
 
 
 def action_spec(space: gymnasium.Space[Any], world: str) -> ActionSpec:
     """Return how one acts in ``world``.
 
     Raises:
-        WorldError: the space is neither Discrete nor a Box of floats.
+        WorldError: the space is not supported.
     """
     match space:
-        case gymnasium.spaces.Discrete():
+        case spaces.Discrete():
             return DiscreteActions(n=int(space.n), start=int(space.start))
-        case gymnasium.spaces.Box() if np.issubdtype(space.dtype, np.floating):
+        case spaces.MultiDiscrete():
+            return MultiDiscreteActions(
+                nvec=_whole(space.nvec), start=_whole(space.start), shape=tuple(space.shape), dtype=str(space.dtype)
+            )
+        case spaces.MultiBinary():
+            return MultiBinaryActions(shape=tuple(space.shape), dtype=str(space.dtype))
+        case spaces.Box() if np.issubdtype(space.dtype, np.floating):
             return BoxActions(
                 low=_bounds(space.low), high=_bounds(space.high), shape=tuple(space.shape), dtype=str(space.dtype)
             )
         case _:
             raise WorldError(
-                f"{world}: actions of {_kind(space)} are not supported; wrap the environment so that they are Discrete "
-                "or a Box of floats"
+                f"{world}: actions of {_kind(space)} are not supported; wrap the environment so that they are Discrete, "
+                "MultiDiscrete, MultiBinary or a Box of floats"
             )
 
 
 def spec_to_json(spec: ObservationSpec | ActionSpec) -> dict[str, object]:
     """Return the description as JSON writes it, with its kind."""
+    if isinstance(spec, ObservationSpec):
+        return {"kind": "Observations", "parts": [{"kind": type(part).__name__, **asdict(part)} for part in spec.parts]}
     return {"kind": type(spec).__name__, **asdict(spec)}
 
 
@@ -179,14 +470,39 @@ def observation_spec_from_json(data: Mapping[str, Any]) -> ObservationSpec:
         ModelError: it is not the description of observations.
     """
     try:
-        match data["kind"]:
-            case "BoxObservations":
-                return BoxObservations(shape=tuple(int(size) for size in data["shape"]))
-            case "DiscreteObservations":
-                return DiscreteObservations(n=int(data["n"]), start=int(data["start"]))
-    except (KeyError, TypeError, ValueError) as error:
+        if data["kind"] != "Observations":
+            raise ModelError(f"the saved policy's observations are of an unknown kind {data['kind']!r}")
+        spec = ObservationSpec(parts=tuple(_part_from_json(part) for part in data["parts"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"the saved policy's observation space is damaged: {error!r}") from error
-    raise ModelError(f"the saved policy's observations are of an unknown kind {data['kind']!r}")
+    if not spec.numbers and not spec.images:
+        raise ModelError("the saved policy's observation space is damaged: it holds nothing to see")
+    return spec
+
+
+def _part_from_json(data: Mapping[str, Any]) -> Part:
+    path = tuple(step if isinstance(step, int) else str(step) for step in data["path"])
+    match data["kind"]:
+        case "BoxPart":
+            return BoxPart(path=path, shape=_sizes(data["shape"]))
+        case "DiscretePart":
+            return DiscretePart(path=path, n=int(data["n"]), start=int(data["start"]))
+        case "MultiDiscretePart":
+            nvec, start = _sizes(data["nvec"]), tuple(int(number) for number in data["start"])
+            return MultiDiscretePart(path=path, nvec=nvec, start=start, shape=_sizes(data["shape"]))
+        case "MultiBinaryPart":
+            return MultiBinaryPart(path=path, shape=_sizes(data["shape"]))
+        case "ImagePart":
+            layouts: dict[str, Layout] = {"hw": "hw", "chw": "chw", "hwc": "hwc", "fchw": "fchw", "fhwc": "fhwc"}
+            layout, shape = layouts[data["layout"]], _sizes(data["shape"])
+            if len(layout) != len(shape):
+                raise ValueError(f"an image of shape {shape} has no layout {layout!r}")
+            return ImagePart(path=path, shape=shape, layout=layout)
+        case "MaskPart":
+            return MaskPart(path=path, shape=_sizes(data["shape"]))
+    raise ModelError(f"the saved policy's observations hold a part of an unknown kind {data['kind']!r}")
 
 
 def action_spec_from_json(data: Mapping[str, Any]) -> ActionSpec:
@@ -199,13 +515,58 @@ def action_spec_from_json(data: Mapping[str, Any]) -> ActionSpec:
         match data["kind"]:
             case "DiscreteActions":
                 return DiscreteActions(n=int(data["n"]), start=int(data["start"]))
+            case "MultiDiscreteActions":
+                start, dtype = tuple(int(number) for number in data["start"]), str(np.dtype(data["dtype"]))
+                nvec, shape = _sizes(data["nvec"]), _sizes(data["shape"])
+                return MultiDiscreteActions(nvec=nvec, start=start, shape=shape, dtype=dtype)
+            case "MultiBinaryActions":
+                return MultiBinaryActions(shape=_sizes(data["shape"]), dtype=str(np.dtype(data["dtype"])))
             case "BoxActions":
                 low, high = (tuple(None if b is None else float(b) for b in data[side]) for side in ("low", "high"))
-                shape = tuple(int(size) for size in data["shape"])
-                return BoxActions(low=low, high=high, shape=shape, dtype=str(np.dtype(data["dtype"])))
-    except (KeyError, TypeError, ValueError) as error:
+                return BoxActions(low=low, high=high, shape=_sizes(data["shape"]), dtype=str(np.dtype(data["dtype"])))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"the saved policy's action space is damaged: {error!r}") from error
     raise ModelError(f"the saved policy's actions are of an unknown kind {data['kind']!r}")
+
+
+def _at(raw: Any, path: Path) -> Any:
+    for step in path:
+        raw = raw[step]
+    return raw
+
+
+def _single(raw: Any, part: Part) -> NDArray[Any]:
+    """Return one observation's part, checked."""
+    try:
+        own = np.asarray(_at(raw, part.path))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ModelError(f"{_name(part.path)} is missing or of no even shape; this policy sees it ({error})") from error
+    if own.shape != part.shape:
+        raise ModelError(f"{_name(part.path)} of shape {own.shape}; this policy sees {part.shape}")
+    return own
+
+
+def _name(path: Path) -> str:
+    return "an observation" + "".join(f"[{step!r}]" for step in path)
+
+
+def _write_one_hot(numbers: NDArray[Any], n: int, out: NDArray[np.float32]) -> None:
+    numbers = numbers.astype(np.int64)
+    if ((numbers < 0) | (numbers >= n)).any():
+        wrong = int(numbers[(numbers < 0) | (numbers >= n)][0])
+        raise WorldError(f"an observation outside its space: option {wrong} (counted from 0) of {n}")
+    out[np.arange(len(out)), numbers] = 1.0
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    sizes = tuple(int(value) for value in values)
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"sizes must be at least 1: {sizes}")
+    return sizes
+
+
+def _whole(values: NDArray[Any]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values.reshape(-1))
 
 
 def _bounds(values: NDArray[Any]) -> tuple[float | None, ...]:

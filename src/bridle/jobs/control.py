@@ -22,10 +22,12 @@ from bridle.control.collect import Collector, Episode, Rollout, Stop
 from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, evaluate
 from bridle.control.making import WorldSettings, make_world
-from bridle.control.networks import ControlPolicy, NetworkSettings, build_policy
+from bridle.control.networks import NetworkSettings, build_policy
+from bridle.control.policy import ControlPolicy
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, save_policy
-from bridle.control.scaling import RewardScale
+from bridle.control.scaling import RewardScale, observed
+from bridle.control.spaces import ObservationSpec
 from bridle.core.moments import Moments
 from bridle.errors import ConfigError, SamplerMismatch
 from bridle.jobs.config import from_dict, to_dict
@@ -140,7 +142,7 @@ def run(config: ControlConfig, *, resume: bool = False) -> Path:
     with closing(make_world(config.env, config.world)) as world, closing(make_world(config.env, config.world)) as judge:
         policy = build_policy(world.observations, world.actions, config.network, seed=config.run.seed)
         with open_session("control", config, config.run, resume=resume) as session:
-            learner = Learner(config, policy.to(session.device), world.observations.width)
+            learner = Learner(config, policy.to(session.device), world.observations)
             learner.restore(session)
             _train(config, learner, Collector(world, config.n_steps, device=session.device), judge, session)
             agent = Agent(
@@ -245,13 +247,14 @@ def _episode_metrics(episodes: tuple[Episode, ...]) -> dict[str, float]:
 class Learner:
     """All that changes while an agent learns: the policy and its optimiser, running statistics, counts."""
 
-    def __init__(self, config: ControlConfig, policy: ControlPolicy, width: int) -> None:
-        """Start from the policy's present weights; ``width`` is that of an encoded observation."""
+    def __init__(self, config: ControlConfig, policy: ControlPolicy, observations: ObservationSpec) -> None:
+        """Start from the policy's present weights, in a world of these ``observations``."""
         self.config = config
         self.policy = policy
         group = Group(name="policy", parameters=dict(policy.named_parameters()), settings=config.optim)
         self.optimiser = Optimiser([group], total_steps=config.total_steps)
-        self.moments = Moments.empty((width,)) if config.normalise_observations else None
+        self.moments = Moments.empty((observations.width,)) if config.normalise_observations else None
+        self.measured = observations.measured
         self.scale = RewardScale.fresh(config.world.num_envs) if config.scale_rewards else None
         self.progress = Progress()
 
@@ -274,7 +277,7 @@ class Learner:
         """Count the rollout, and let the observation statistics see it."""
         self.progress = self.progress.after(rollout)
         if self.moments is not None:
-            self.moments = self.moments.updated(rollout.observations, rollout.mask)
+            self.moments = observed(self.moments, rollout.observations, rollout.mask, self.measured)
 
     def forget_episodes_in_progress(self) -> None:
         """Follow a restart of the environments."""
