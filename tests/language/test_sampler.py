@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bridle.errors import ConfigError, NonFiniteLogits
 from bridle.language.sampler import ReferenceSampler, SamplingSettings, Stop
-from bridle.language.sampler.reference import inverse_cdf
+from bridle.language.sampler.drawing import inverse_cdf
 from bridle.random import torch_rng, uniforms
 
 STOP = 5

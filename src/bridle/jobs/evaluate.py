@@ -19,6 +19,7 @@ from bridle.runs.files import Json, save_json
 if TYPE_CHECKING:
     from bridle.jobs.ppo import PPOConfig
     from bridle.language.evaluate import Assessment
+    from bridle.language.sampler import SamplingSettings
 
 __all__ = ["EvaluateConfig", "run"]
 
@@ -43,6 +44,14 @@ class EvaluateConfig:
     """Longest answer, tokens; for a PPO run its own, else 64."""
     temperature: float | None = None
     """τ; for a PPO run its own, else 1."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens (1: greedy text); None: from all."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens that hold this share of the probability, in (0, 1]."""
+    min_p: float | None = None
+    """Draw from tokens at least this many times as probable as the likeliest, in (0, 1]."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end an answer."""
     episodes: int = 100
     """Episodes to play, if the target is a run of bridle train."""
     seed: int | None = None
@@ -51,6 +60,11 @@ class EvaluateConfig:
     """Where to compute."""
     output: Path | None = None
     """File to write the figures to, as JSON; must not exist."""
+
+    def cut(self, sampling: SamplingSettings) -> SamplingSettings:
+        """Let the tail be cut off and texts end answers, which training may not."""
+        names = ("top_k", "top_p", "min_p", "stop_strings")
+        return replace(sampling, **{name: getattr(self, name) for name in names})
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -159,10 +173,12 @@ def _assess_both(config: EvaluateConfig, policy: str, settings: PPOConfig) -> tu
         temperature=settings.sampling.temperature,
         device=device,
         compute_dtype=torch.float32,
+        sampler=settings.sampler,
     )
     scorer = build_scorer(settings.reward, roles.tokenizer, device=device)
     judges = WithGold(scorer, gold_scorers(settings.evaluation.gold))
     _, held_out, _ = open_prompts(settings, roles)
+    sampling = config.cut(settings.sampling)
     found = []
     for weights in (None, policy):
         if weights is not None:
@@ -175,7 +191,7 @@ def _assess_both(config: EvaluateConfig, policy: str, settings: PPOConfig) -> tu
                 judges,
                 lambda ids: str(roles.tokenizer.decode(ids, skip_special_tokens=True)),
                 held_out,
-                settings.sampling,
+                sampling,
                 seed=settings.run.seed,
                 micro_batch_tokens=settings.ppo.micro_batch_tokens,
                 answers_per_prompt=settings.answers_per_prompt if settings.reward.sees_groups else 1,

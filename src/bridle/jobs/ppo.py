@@ -27,6 +27,7 @@ from bridle.language.prompts import DemonstrationMix, MixSettings, load_mix, loa
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.sampler import SamplingSettings
+from bridle.language.sampler.serving import SamplerKind
 from bridle.language.scorers import RewardSettings, Scorer, build_scorer, gold_scorers, require_room
 from bridle.language.shaping import KLSettings, ShapingSettings
 from bridle.learn import ppo
@@ -82,6 +83,8 @@ class PPOConfig:
     """Answers to each prompt, K; group judges see them together."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How answers are drawn."""
+    sampler: SamplerKind = "auto"
+    """Who draws them: "engine" is fast, "reference" plain; "auto" takes the engine where it serves the model."""
     shaping: ShapingSettings = field(default_factory=ShapingSettings)
     """What becomes of a score."""
     kl: KLSettings = field(default_factory=KLSettings)
@@ -106,6 +109,7 @@ class PPOConfig:
         for name in ("steps", "prompts_per_step", "answers_per_prompt"):
             if getattr(self, name) < 1:
                 raise ConfigError.of(name, getattr(self, name), "a whole number >= 1")
+        self.sampling.require_whole()
         answers = self.prompts_per_step * self.answers_per_prompt
         if self.ppo.minibatches > answers:
             raise ConfigError.of("ppo.minibatches", self.ppo.minibatches, f"at most the {answers} answers of a step")
@@ -200,6 +204,7 @@ def _open(config: PPOConfig) -> _World:
         device=device,
         compute_dtype=getattr(torch, config.run.dtype),
         leashed=config.objective.kl_loss == "exact",
+        sampler=config.sampler,
     )
     scorer = build_scorer(config.reward, roles.tokenizer, device=device)
     gold = gold_scorers(config.evaluation.gold)
@@ -207,7 +212,7 @@ def _open(config: PPOConfig) -> _World:
     longest = max(len(prompt.ids) for prompt in (*prompts, *held_out)) + config.sampling.max_new_tokens
     require_room(scorer, longest)
     mix = load_mix(config.mix, roles)
-    warning = () if roles.policy.actor.warning is None else (roles.policy.actor.warning,)
+    warnings = tuple(note for note in (roles.policy.actor.warning, roles.warning) if note is not None)
     return _World(
         roles=roles,
         scorer=scorer,
@@ -216,7 +221,7 @@ def _open(config: PPOConfig) -> _World:
         held_out=held_out,
         mix=mix,
         decode=lambda ids: str(roles.tokenizer.decode(ids, skip_special_tokens=True)),
-        notes=(*tokenizer_notes(roles.tokenizer), *notes, *(() if mix is None else mix.notes), *warning),
+        notes=(*tokenizer_notes(roles.tokenizer), *notes, *(() if mix is None else mix.notes), *warnings),
     )
 
 

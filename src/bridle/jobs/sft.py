@@ -178,7 +178,12 @@ def _open(config: SFTConfig) -> _World:
     return _World(
         model=model,
         tokenizer=tokenizer,
-        sampler=ReferenceSampler(network, stops, computing=computing),
+        sampler=ReferenceSampler(
+            network,
+            stops,
+            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            computing=computing,
+        ),
         computing=computing,
         training=training,
         held_out=held_out,

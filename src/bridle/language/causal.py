@@ -95,15 +95,25 @@ class CausalModel(nn.Module):
         """Same as :meth:`states`."""
         return self.states(input_ids, rows, columns)
 
-    def states(self, input_ids: Int[Tensor, "B L"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]) -> States:
+    def states(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        rows: Int[Tensor, " n"],
+        columns: Int[Tensor, " n"],
+        *,
+        positions: Int[Tensor, "B L"] | None = None,
+    ) -> States:
         """Run the model over right-padded rows and keep the positions ``(rows[i], columns[i])``.
 
-        The state at column l has seen tokens 0 … l, so it predicts token l + 1. Padding may be any id.
+        The state at column l has seen tokens 0 … l, so it predicts token l + 1. Padding may be any id. ``positions`` says where
+        in its text each token stands, if that is not its column.
         """
+        where = {} if positions is None else {"position_ids": positions}
         if self.form is not None:
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+            backbone = self.model.base_model
+            hidden = backbone(input_ids=input_ids, use_cache=False, **where).last_hidden_state[rows, columns]
             return States(hidden=hidden, features=hidden)
-        output = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+        output = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True, **where)
         return States(hidden=output.hidden_states[-1][rows, columns], features=output.logits[rows, columns])
 
     def logits(self, features: Float[Tensor, "n F"]) -> Float[Tensor, "n V"]:

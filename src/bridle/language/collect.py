@@ -42,7 +42,7 @@ class Episode:
     ids: Int[Tensor, " T"]
     """[T] the answer's token ids exactly as sampled, the stop token included."""
     sampler_logp: Float[Tensor, " T"]
-    """[T] log-probabilities as the sampler drew them, nats."""
+    """[T] log-probabilities of the distribution that the sampler drew from, nats."""
     stop: Stop
     """How it ended."""
     text: str

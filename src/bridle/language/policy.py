@@ -16,7 +16,7 @@ from bridle.batch import Evaluation, Units
 from bridle.language.causal import CausalModel
 from bridle.language.segments import Layout, Segments, layout
 
-__all__ = ["Critic", "LanguagePolicy", "critic_from_actor", "critic_from_reward_model", "value_head"]
+__all__ = ["Critic", "LanguagePolicy", "critic_from_actor", "critic_from_reward_model", "head_values", "value_head"]
 
 
 def value_head(width: int) -> nn.Linear:
@@ -38,7 +38,7 @@ class Critic(nn.Module):
     def forward(self, input_ids: Int[Tensor, "U L"]) -> Float[Tensor, "U L"]:
         """V after every token, [U, L] in units of return, float32."""
         hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        return _values(self.head, hidden)
+        return head_values(self.head, hidden)
 
 
 def critic_from_actor(actor: PreTrainedModel) -> Critic:
@@ -107,10 +107,10 @@ class LanguagePolicy(nn.Module):
         if isinstance(self.critic, Critic):
             table = self.critic(place.input_ids)
             return table[place.rows, place.columns], table[everyone, place.last] if last_value else None
-        values = _values(self.critic, hidden)
+        values = head_values(self.critic, hidden)
         if not last_value:
             return values, None
-        return values, _values(self.critic, self.actor.states(place.input_ids, everyone, place.last).hidden)
+        return values, head_values(self.critic, self.actor.states(place.input_ids, everyone, place.last).hidden)
 
     def _exact_kl(
         self, segments: Segments, place: Layout, features: Float[Tensor, "n F"]
@@ -145,7 +145,7 @@ class LanguagePolicy(nn.Module):
                 parameter.requires_grad_(wanted)
 
 
-def _values(head: nn.Linear, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ...]:
+def head_values(head: nn.Linear, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ...]:
     """V in float32, whatever the hidden states were computed in."""
     with torch.autocast(hidden.device.type, enabled=False):
         return cast("Tensor", head(hidden.to(head.weight.dtype))).squeeze(-1).float()

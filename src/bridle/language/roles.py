@@ -27,7 +27,8 @@ from bridle.language.policy import (
     critic_from_reward_model,
     value_head,
 )
-from bridle.language.sampler import ReferenceSampler
+from bridle.language.sampler import Sampler
+from bridle.language.sampler.serving import SamplerKind, choose_sampler
 from bridle.learn.optim import Group, OptimSettings
 
 __all__ = ["CriticSettings", "Roles", "open_roles"]
@@ -63,8 +64,10 @@ class Roles:
     """The actor as it was before the first step, without gradients."""
     tokenizer: PreTrainedTokenizerBase
     """The actor's."""
-    sampler: ReferenceSampler
+    sampler: Sampler
     """Draws answers with the actor's own weights."""
+    warning: str | None
+    """Why the plain sampler was taken where the faster one was not refused by name."""
 
     def groups(self, actor: OptimSettings, critic: OptimSettings) -> tuple[Group, Group]:
         """Return the optimiser's groups: the actor (with the trunk, if shared) and the critic (or its head)."""
@@ -102,6 +105,7 @@ def open_roles(
     device: torch.device,
     compute_dtype: torch.dtype,
     leashed: bool = False,
+    sampler: SamplerKind = "auto",
 ) -> Roles:
     """Open the actor, copy the reference from it, and make the critic; ``judge`` is the reward model that scores, if one.
 
@@ -119,8 +123,15 @@ def open_roles(
         compute_dtype=compute_dtype,
         leashed=leashed,
     ).eval()
-    sampler = ReferenceSampler(network, stop_ids(network, tokenizer), computing=policy.computing)
-    return Roles(policy=policy, reference=reference, tokenizer=tokenizer, sampler=sampler)
+    chosen, warning = choose_sampler(
+        sampler,
+        actor,
+        stop_ids(network, tokenizer),
+        value_head=None if isinstance(policy.critic, Critic) else policy.critic,
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        computing=policy.computing,
+    )
+    return Roles(policy=policy, reference=reference, tokenizer=tokenizer, sampler=chosen, warning=warning)
 
 
 def _critic(

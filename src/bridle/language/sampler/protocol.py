@@ -24,11 +24,16 @@ class Stop(StrEnum):
     """The policy chose a stop token; it is the answer's last action."""
     LENGTH = "length"
     """The limit on new tokens cut the answer."""
+    STRING = "string"
+    """The answer's text came to hold a stop string; its last action completed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """How answers are drawn: the policy is softmax(z/τ), whole; nothing is cut off its tail in training."""
+    """How answers are drawn: the policy is softmax(z/τ), whole; nothing is cut off its tail in training.
+
+    Outside training ``top_k``, ``top_p`` and ``min_p`` may cut the tail off, in this order.
+    """
 
     max_new_tokens: int = 64
     """Longest answer, tokens, the stop token included."""
@@ -36,6 +41,29 @@ class SamplingSettings:
     """τ > 0; the log-probs of policy, old policy and reference all use it."""
     rows: int = 256
     """Answers decoded at once; a matter of memory and speed alone."""
+    top_k: int | None = None
+    """Not in training: draw from the k likeliest tokens (1: greedy text); None: from all."""
+    top_p: float | None = None
+    """Not in training: draw from the fewest likeliest tokens that hold this share of the probability, in (0, 1]."""
+    min_p: float | None = None
+    """Not in training: draw from tokens at least this many times as probable as the likeliest, in (0, 1]."""
+    stop_strings: tuple[str, ...] = ()
+    """Not in training: texts that end an answer."""
+
+    @property
+    def warped(self) -> bool:
+        """Whether the distribution drawn from is another than softmax(z/τ)."""
+        return any(cut is not None for cut in (self.top_k, self.top_p, self.min_p))
+
+    def require_whole(self) -> None:
+        """Raise ConfigError where answers would not be drawn from the policy itself, as training needs."""
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(self, name) is not None:
+                expected = "no cut of the tail in training: the policy is softmax(z/τ), whole"
+                raise ConfigError.of(f"sampling.{name}", getattr(self, name), expected, "leave it out")
+        if self.stop_strings:
+            remedy = "name a token with --model.eos-token"
+            raise ConfigError.of("sampling.stop_strings", self.stop_strings, "stop tokens alone in training", remedy)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -45,6 +73,14 @@ class SamplingSettings:
             raise ConfigError.of("temperature", self.temperature, "a finite number > 0", "greedy text is no policy")
         if self.rows < 1:
             raise ConfigError.of("rows", self.rows, "a number of answers >= 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError.of("top_k", self.top_k, "a number of tokens >= 1")
+        for name in ("top_p", "min_p"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError.of(name, share, "a share in (0, 1]")
+        if not all(self.stop_strings):
+            raise ConfigError.of("stop_strings", self.stop_strings, "texts of at least one character")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +90,11 @@ class Sampled:
     ids: Int[Tensor, " T"]
     """[T] token ids on the CPU, the stop token included."""
     logp: Float[Tensor, " T"]
-    """[T] log-probability of each under softmax(z/τ) when it was drawn, nats, float32 on the CPU."""
+    """[T] log-probability of each under the distribution it was drawn from, nats, float32 on the CPU."""
+    plain_logp: Float[Tensor, " T"]
+    """[T] the same under softmax(z/τ), whole: equal to ``logp`` unless the tail was cut off."""
+    values: Float[Tensor, " T"] | None = None
+    """[T] V(s_t) before each token, in units of return; None where the critic has a trunk of its own."""
     stop: Stop
     """How it ended."""
 

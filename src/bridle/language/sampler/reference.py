@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from bridle.errors import NonFiniteLogits
+from bridle.language.sampler.drawing import LARGEST_UNIFORM, inverse_cdf, warp
 from bridle.language.sampler.protocol import Sampled, SamplingSettings, Stop
+from bridle.language.sampler.stopping import Stopping
 
-__all__ = ["ReferenceSampler", "inverse_cdf"]
-
-_LARGEST_UNIFORM = 1.0 - 2.0**-23
-"""The largest float32 whose product with a float32 total stays below that total."""
+__all__ = ["ReferenceSampler"]
 
 
 class ReferenceSampler:
@@ -30,11 +29,13 @@ class ReferenceSampler:
         stop_ids: Collection[int],
         *,
         computing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
-        """Sample within ``computing()``, which sets the compute dtype."""
+        """Sample within ``computing()``, which sets the compute dtype; ``decode`` (ids → text) is what stop strings need."""
         self._model = model
         self._computing = computing
-        self._stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
+        self._text = decode
+        self._stops = frozenset(stop_ids)
 
     @torch.no_grad()
     def __call__(
@@ -54,33 +55,36 @@ class ReferenceSampler:
         self, prompts: Sequence[Int[Tensor, " P"]], uniforms: NDArray[np.float64], settings: SamplingSettings
     ) -> list[Sampled]:
         device = self._model.device
-        draws = torch.from_numpy(uniforms).to(device=device, dtype=torch.float32).clamp_(max=_LARGEST_UNIFORM)
+        draws = torch.from_numpy(uniforms).to(device=device, dtype=torch.float32).clamp_(max=LARGEST_UNIFORM)
         count, limit = len(prompts), settings.max_new_tokens
         ids = torch.zeros(count, limit, dtype=torch.int64, device=device)
         logps = torch.zeros(count, limit, dtype=torch.float32, device=device)
-        lengths = torch.full((count,), limit, dtype=torch.int64, device=device)
-        stopped = torch.zeros(count, dtype=torch.bool, device=device)
+        plain = torch.zeros_like(logps)
+        lengths, stops = [limit] * count, [Stop.LENGTH] * count
+        watch = Stopping(self._stops, settings.stop_strings, self._text)
         rows = torch.arange(count, device=device)  # the answers still being written
         state = _Decoding(self._model, prompts)
         for t in range(limit):
-            token, logp = inverse_cdf(state.logits / settings.temperature, draws[rows, t])
+            scaled = state.logits / settings.temperature
+            token, logp = inverse_cdf(warp(scaled, settings), draws[rows, t])
             ids[rows, t], logps[rows, t] = token, logp
-            ended = torch.isin(token, self._stops)
-            if bool(ended.any()):
-                done = rows[ended]
-                lengths[done], stopped[done] = t + 1, True
-                rows, token = rows[~ended], token[~ended]
+            plain[rows, t] = scaled.log_softmax(-1).gather(1, token[:, None])[:, 0] if settings.warped else logp
+            ended = watch.ended(rows.tolist(), token.tolist())
+            for b, stop in ended.items():
+                lengths[b], stops[b] = t + 1, stop
+            if ended:
+                staying = torch.tensor([b not in ended for b in rows.tolist()], device=device)
+                rows, token = rows[staying], token[staying]
                 if len(rows) == 0:
                     break
-                state.keep(~ended)
+                state.keep(staying)
             if t + 1 < limit:
                 state.advance(token)
         if not bool(torch.isfinite(logps).all()):
             raise NonFiniteLogits("the policy's logits are not finite while sampling; its weights have diverged")
-        cut, eos = lengths.tolist(), stopped.tolist()
         return [
-            Sampled(ids=row[:n].cpu(), logp=p[:n].cpu(), stop=Stop.EOS if e else Stop.LENGTH)
-            for row, p, n, e in zip(ids, logps, cut, eos, strict=True)
+            Sampled(ids=ids[b, :n].cpu(), logp=logps[b, :n].cpu(), plain_logp=plain[b, :n].cpu(), stop=stop)
+            for b, (n, stop) in enumerate(zip(lengths, stops, strict=True))
         ]
 
 
@@ -127,17 +131,3 @@ class _Decoding:
         )
         logits: Tensor = out.logits[:, -1]
         return logits.float()
-
-
-def inverse_cdf(
-    logits: Float[Tensor, "b V"], uniform: Float[Tensor, " b"]
-) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
-    """Draw from softmax(logits): the first token whose cumulative probability exceeds ``uniform``, with its log-probability.
-
-    A token of probability 0 is never drawn: the cumulative sum does not grow there.
-    """
-    logp = torch.log_softmax(logits, dim=-1)
-    cumulative = logp.exp().cumsum_(dim=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-    return token[:, 0], logp.gather(1, token)[:, 0]

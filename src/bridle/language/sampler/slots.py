@@ -1,0 +1,241 @@
+"""The key-value cache of the embedded engine: one slot per answer, and attention over the slots.
+
+Models reach it through transformers' ``AttentionInterface``: while a :class:`Slots` is in use, every attention layer hands
+its new queries, keys and values to :meth:`Slots.attend`, which keeps keys and values and knows what each token may see.
+The model itself gets no cache and no mask. A slot is a row of ``[slots, heads, capacity, width]``; slots in use come
+first, so that every product runs over one contiguous piece of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from bridle.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Prefill", "Slots", "serving"]
+
+_NAME = "bridle_embedded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """``len(slots)`` prompts of one length that are read in this step, laid end to end."""
+
+    slots: Int[Tensor, " b"]
+    """[b] the slot of each prompt."""
+    length: int
+    """L, tokens of each."""
+
+
+class Slots:
+    """Keys and values of up to ``count`` answers, and attention over them.
+
+    A step is announced by :meth:`plan`; then the model runs once, its tokens laid out as the plan says: first one token
+    for each of slots 0 … n−1, then the prompts.
+    """
+
+    def __init__(self, windows: Sequence[int | None], count: int, device: torch.device) -> None:
+        """``windows`` holds, for each layer, how many tokens it looks back on; None: all."""
+        self.capacity = 0
+        self.windows = tuple(windows)
+        self._count = count
+        self._device = device
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._positions = torch.zeros(0, dtype=torch.int64, device=device)
+        self._prefills: tuple[Prefill, ...] = ()
+        self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+        self._places: dict[int, Tensor] = {}
+
+    def reserve(self, capacity: int, used: int) -> None:
+        """Make every slot ``capacity`` tokens long, keeping what the first ``used`` slots hold."""
+        kept = min(capacity, self.capacity)
+        for store in (self._keys, self._values):
+            for layer, old in store.items():
+                new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+                new[:used, :, :kept] = old[:used, :, :kept]
+                store[layer] = new
+        self.capacity = capacity
+
+    def copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
+        """Copy the first ``length`` tokens of slots ``source`` into slots ``target``."""
+        read, write = (torch.tensor(slots, device=self._device) for slots in (source, target))
+        for store in (self._keys, self._values):
+            for held in store.values():
+                held[:, :, :length].index_copy_(0, write, held[:, :, :length].index_select(0, read))
+
+    def plan(self, positions: Int[Tensor, " n"], prefills: Sequence[Prefill]) -> None:
+        """Announce a step: slot i appends a token at ``positions[i]``; then ``prefills`` are read."""
+        self._positions = positions
+        self._prefills = tuple(prefills)
+        self._masks.clear()
+        self._places.clear()
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "b H l D"],
+        key: Float[Tensor, "b h l D"],
+        value: Float[Tensor, "b h l E"],
+        scaling: float,
+        softcap: float | None,
+    ) -> Float[Tensor, "b l H E"]:
+        """Keep the new keys and values, and return what each new token reads."""
+        if layer not in self._keys:
+            for store, new in ((self._keys, key), (self._values, value)):
+                store[layer] = new.new_zeros(self._count, new.shape[1], self.capacity, new.shape[3])
+        n = len(self._positions)
+        q, k, v = (_by_token(x) for x in (query, key, value))
+        parts = [self._decode(layer, q[:n], k[:n], v[:n], scaling, softcap)] if n else []
+        begin = n
+        for prefill in self._prefills:
+            end = begin + len(prefill.slots) * prefill.length
+            parts.append(self._prefill(layer, prefill, q[begin:end], k[begin:end], v[begin:end], scaling, softcap))
+            begin = end
+        read = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return read.view(query.shape[0], query.shape[2], *read.shape[1:])
+
+    def _decode(
+        self,
+        layer: int,
+        q: Float[Tensor, "n H D"],
+        k: Float[Tensor, "n h D"],
+        v: Float[Tensor, "n h E"],
+        scaling: float,
+        softcap: float | None,
+    ) -> Float[Tensor, "n H E"]:
+        n, heads = k.shape[:2]
+        keys, values = self._keys[layer], self._values[layer]
+        places = self._place(heads)
+        keys.view(-1, k.shape[2]).index_copy_(0, places, k.reshape(n * heads, -1))
+        values.view(-1, v.shape[2]).index_copy_(0, places, v.reshape(n * heads, -1))
+        grouped = q.reshape(n * heads, -1, q.shape[2])
+        past = keys.view(-1, self.capacity, k.shape[2])[: n * heads].transpose(1, 2)
+        mask = self._mask(self.windows[layer], heads, q.dtype)
+        if softcap is None:
+            scores = torch.baddbmm(mask, grouped, past, alpha=scaling)
+        else:
+            scores = softcap * torch.tanh(torch.bmm(grouped, past) * (scaling / softcap)) + mask
+        read = torch.bmm(torch.softmax(scores, dim=-1), values.view(-1, self.capacity, v.shape[2])[: n * heads])
+        return read.view(n, q.shape[1], v.shape[2])
+
+    def _prefill(
+        self,
+        layer: int,
+        prefill: Prefill,
+        q: Float[Tensor, "m H D"],
+        k: Float[Tensor, "m h D"],
+        v: Float[Tensor, "m h E"],
+        scaling: float,
+        softcap: float | None,
+    ) -> Float[Tensor, "m H E"]:
+        length = prefill.length
+        q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        self._keys[layer][:, :, :length].index_copy_(0, prefill.slots, k)
+        self._values[layer][:, :, :length].index_copy_(0, prefill.slots, v)
+        window, shared = self.windows[layer], q.shape[1] != k.shape[1]
+        if softcap is None and (window is None or window >= length):
+            read = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared)
+        else:
+            read = _windowed(q, k, v, window, scaling, softcap)
+        return read.transpose(1, 2).flatten(0, 1)
+
+    def _place(self, heads: int) -> Int[Tensor, " m"]:
+        """Where slot i's new token lies in the store seen as a list of vectors, for each head."""
+        if heads not in self._places:
+            rows = torch.arange(len(self._positions) * heads, device=self._device) * self.capacity
+            self._places[heads] = rows + self._positions.repeat_interleave(heads)
+        return self._places[heads]
+
+    def _mask(self, window: int | None, heads: int, dtype: torch.dtype) -> Float[Tensor, "m 1 C"]:
+        """0 where slot i's new token sees, −∞ where it does not: what lies behind it, or before its window."""
+        name = (window, heads, dtype)
+        if name not in self._masks:
+            columns = torch.arange(self.capacity, device=self._device)
+            hidden = columns > self._positions[:, None]
+            if window is not None:
+                hidden |= columns <= self._positions[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, -math.inf)
+            self._masks[name] = mask.repeat_interleave(heads, dim=0)[:, None]
+        return self._masks[name]
+
+
+def _by_token(x: Float[Tensor, "b h l D"]) -> Float[Tensor, "m h D"]:
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _windowed(
+    q: Float[Tensor, "b H L D"],
+    k: Float[Tensor, "b h L D"],
+    v: Float[Tensor, "b h L E"],
+    window: int | None,
+    scaling: float,
+    softcap: float | None,
+) -> Float[Tensor, "b H L E"]:
+    """Plain attention: causal, within ``window`` tokens, with scores capped."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = scaling * (q @ k.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(q.shape[2], device=q.device)
+    back = place[:, None] - place
+    hidden = back < 0 if window is None else (back < 0) | (back >= window)
+    return torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1) @ v
+
+
+_serving: list[Slots] = []
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Hand a layer's attention to the slots in use; transformers calls it under the name that is registered here."""
+    if s_aux is not None:
+        raise ModelError(f"{type(module).__name__} has attention sinks")
+    if attention_mask is not None:
+        raise ModelError(f"{type(module).__name__} makes a mask of its own")
+    slots, layer = _serving[-1], cast("int", module.layer_idx)
+    if sliding_window is not None and sliding_window != slots.windows[layer]:
+        raise ModelError(f"{type(module).__name__} has another window than its configuration says")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return slots.attend(layer, query, key, value, scale, softcap), None
+
+
+AttentionInterface.register(_NAME, _attention)
+
+
+@contextmanager
+def serving(model: PreTrainedModel, slots: Slots) -> Iterator[None]:
+    """Let ``model`` attend over ``slots``, and give its own attention back afterwards."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    _serving.append(slots)
+    try:
+        if model.config._attn_implementation != _NAME:
+            raise ModelError("its attention cannot be replaced from outside")
+        yield
+    finally:
+        _serving.pop()
+        model.set_attn_implementation(before)
