@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bridle.control.actor_critic import ActorCritic
 from bridle.control.collect import Collector, Episode, Rollout, Stop
+from bridle.control.heads import CategoricalHead
 from bridle.control.making import WorldSettings, make_world
-from bridle.control.networks import ActorCritic, CategoricalHead, NetworkSettings, build_policy
+from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.observations import Observations
 from bridle.control.policy import Transitions
 from bridle.control.prepare import prepare, trajectories

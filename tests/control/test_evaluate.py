@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from torch import nn
 
+from bridle.control.actor_critic import ActorCritic
 from bridle.control.evaluate import EvaluationSettings, Score, evaluate, student_t
+from bridle.control.heads import CategoricalHead
 from bridle.control.making import WorldSettings, make_world
-from bridle.control.networks import ActorCritic, CategoricalHead
 from bridle.errors import ConfigError
 from tests.control.worlds import MODES
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from bridle.control.networks import ActorCritic, CategoricalHead, NetworkSettings, build_policy
+from bridle.control.actor_critic import ActorCritic
+from bridle.control.heads import CategoricalHead
+from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.policy import ControlPolicy
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec

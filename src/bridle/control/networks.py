@@ -1,4 +1,4 @@
-"""The policy: an actor and a critic over what is observed, on one trunk or on two, picked from the spaces."""
+"""Networks picked from the spaces: what is built unless one brings one's own."""
 
 from __future__ import annotations
 
@@ -6,26 +6,15 @@ import importlib
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Literal
 
-import numpy as np
-import torch
-from jaxtyping import Bool, Float
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from bridle.batch import Evaluation
-from bridle.control.distributions import (
-    Bernoulli,
-    Categorical,
-    DiagonalGaussian,
-    Distribution,
-    MultiCategorical,
-    SquashedGaussian,
-)
+from bridle.control.actor_critic import ActorCritic
+from bridle.control.heads import BernoulliHead, CategoricalHead, GaussianHead, MultiCategoricalHead
 from bridle.control.images import NATURE_WIDTH, ImageEncoder
-from bridle.control.observations import Observations
-from bridle.control.policy import ControlPolicy, Transitions
+from bridle.control.policy import ControlPolicy
+from bridle.control.recurrent import RecurrentActorCritic
 from bridle.control.spaces import (
     ActionSpec,
     BoxActions,
@@ -38,11 +27,6 @@ from bridle.errors import ConfigError
 from bridle.random import torch_rng
 
 __all__ = [
-    "ActorCritic",
-    "BernoulliHead",
-    "CategoricalHead",
-    "GaussianHead",
-    "MultiCategoricalHead",
     "NetworkSettings",
     "build_policy",
     "perceptron",
@@ -66,6 +50,10 @@ class NetworkSettings:
     """log σ of a box's actions at the start, in units of half the box's width."""
     squash: bool = False
     """Play tanh of a box's Gaussian action, which stays inside the box; otherwise what is outside is clipped."""
+    recurrent: Literal["lstm", "gru"] | None = None
+    """A memory behind the hidden layers, for worlds that do not show all that matters; actor and critic share it."""
+    recurrent_width: int = 64
+    """H, the width of the memory."""
     factory: str | None = None
     """"module:function" that builds another policy from (observations, actions); the other fields are then unused."""
 
@@ -75,113 +63,21 @@ class NetworkSettings:
             raise ConfigError.of("hidden", self.hidden, "widths >= 1")
         if self.activation not in ("tanh", "relu"):
             raise ConfigError.of("activation", self.activation, '"tanh" or "relu"')
+        if self.recurrent not in (None, "lstm", "gru"):
+            raise ConfigError.of("recurrent", self.recurrent, '"lstm", "gru" or None')
+        if self.recurrent_width < 1:
+            raise ConfigError.of("recurrent_width", self.recurrent_width, "a width >= 1")
+        if self.recurrent is not None and self.shared_trunk is False:
+            remedy = "leave shared_trunk out"
+            raise ConfigError.of(
+                "shared_trunk", False, "True or None with a memory, which actor and critic share", remedy
+            )
         if self.std not in ("parameter", "state"):
             raise ConfigError.of("std", self.std, '"parameter" or "state"')
         if not math.isfinite(self.initial_log_std):
             raise ConfigError.of("initial_log_std", self.initial_log_std, "a finite number")
         if self.factory is not None and (self.factory.count(":") != 1 or not all(self.factory.split(":"))):
             raise ConfigError.of("factory", self.factory, '"module:function"')
-
-
-class CategoricalHead(nn.Module):
-    """From the actor's output, A logits, to a distribution over discrete actions."""
-
-    def forward(self, outputs: Float[Tensor, "n A"], mask: Bool[Tensor, "n A"] | None = None) -> Categorical:
-        """Take the outputs for logits, of the allowed actions alone."""
-        return Categorical(logits=outputs, mask=mask)
-
-
-class MultiCategoricalHead(nn.Module):
-    """From the actor's output, a logit for each option of each choice, to a distribution over several choices at once."""
-
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def forward(self, outputs: Float[Tensor, "n A"], mask: Bool[Tensor, "n A"] | None = None) -> MultiCategorical:
-        """Take the outputs for logits, of the allowed options alone."""
-        return MultiCategorical(logits=outputs, sizes=self.sizes, mask=mask)
-
-
-class BernoulliHead(nn.Module):
-    """From the actor's output, A log-odds, to a distribution over switches."""
-
-    def forward(self, outputs: Float[Tensor, "n A"], mask: Bool[Tensor, "n A"] | None = None) -> Bernoulli:
-        """Take the outputs for log-odds; no mask reaches this kind of action."""
-        return Bernoulli(logits=outputs)
-
-
-class GaussianHead(nn.Module):
-    """From the actor's output to a distribution over a box's A coordinates.
-
-    Without ``per_state`` the output is the mean [n, A], and log σ a parameter; with it, the output [n, 2A] is the mean and
-    what is added to ``initial_log_std``. With ``squash`` the action played is tanh of the Gaussian one.
-    """
-
-    def __init__(
-        self, width: int, initial_log_std: float = 0.0, *, per_state: bool = False, squash: bool = False
-    ) -> None:
-        super().__init__()
-        self.squash = squash
-        self.initial_log_std = initial_log_std
-        self.log_std = None if per_state else nn.Parameter(torch.full((width,), initial_log_std))
-
-    def forward(
-        self, outputs: Float[Tensor, "n W"], mask: Bool[Tensor, "n A"] | None = None
-    ) -> DiagonalGaussian | SquashedGaussian:
-        """Take the outputs for the mean, and for log σ where it depends on the state; no mask reaches this kind."""
-        if self.log_std is None:
-            mean, shift = outputs.chunk(2, dim=-1)
-            gaussian = DiagonalGaussian(mean=mean, log_std=self.initial_log_std + shift)
-        else:
-            gaussian = DiagonalGaussian(mean=outputs, log_std=self.log_std.expand_as(outputs))
-        return SquashedGaussian(gaussian=gaussian) if self.squash else gaussian
-
-
-class ActorCritic(ControlPolicy):
-    """A memoryless policy made of any modules.
-
-    ``trunk`` (or, without one, ``actor`` and ``critic``) is given the vector [n, D] where the observations hold no images, and
-    the :class:`Observations` whole where they do: images as uint8, which a network divides by 255 itself. ``actor`` and
-    ``critic`` [n, 1] read what the trunk gives; ``head`` makes a distribution of what the actor gives and the action mask.
-
-        policy = ActorCritic(actor=nn.Linear(4, 2), critic=nn.Linear(4, 1), head=CategoricalHead())
-    """
-
-    def __init__(self, *, actor: nn.Module, critic: nn.Module, head: nn.Module, trunk: nn.Module | None = None) -> None:
-        super().__init__()
-        self.trunk = trunk if trunk is not None else nn.Identity()
-        self.actor = actor
-        self.critic = critic
-        self.head = head
-
-    def forward(self, units: Transitions) -> Evaluation:
-        """Evaluate the actions taken, with one pass through the trunk."""
-        features = self.trunk(units.observations.inputs)
-        distribution = cast(Distribution, self.head(self.actor(features), units.observations.mask))
-        return Evaluation(
-            logp=distribution.log_prob(units.actions),
-            entropy=distribution.entropy(),
-            value=self.critic(features).squeeze(-1),
-        )
-
-    def distribution(self, observations: Observations, state: Tensor | None) -> tuple[Distribution, Tensor | None]:
-        """π(· | s) for n states."""
-        outputs = self.actor(self.trunk(observations.inputs))
-        return cast(Distribution, self.head(outputs, observations.mask)), state
-
-    def values(self, observations: Observations, state: Tensor | None) -> Float[Tensor, " n"]:
-        """V(s) for n states, in units of return."""
-        return cast(Tensor, self.critic(self.trunk(observations.inputs)).squeeze(-1))
-
-    def play(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """Squash the actions if the head says so."""
-        return squashed(self.head, actions)
-
-
-def squashed(head: nn.Module, actions: NDArray[Any]) -> NDArray[Any]:
-    """Return what is played of the actions of ``head``."""
-    return np.tanh(actions) if isinstance(head, GaussianHead) and head.squash else actions
 
 
 def perceptron(widths: tuple[int, ...], activation: Literal["tanh", "relu"], *, output_gain: float | None) -> nn.Module:
@@ -215,6 +111,8 @@ def build_policy(
         if settings.factory is not None:
             return _from_factory(settings.factory, observations, actions)
         head, width = _head(actions, settings)
+        if settings.recurrent is not None:
+            return _with_memory(observations, settings, head, width)
         shared = settings.shared_trunk if settings.shared_trunk is not None else bool(observations.images)
         if observations.images:
             return _on_images(observations, settings, head, width, shared=shared)
@@ -262,6 +160,33 @@ def _on_images(
     actor = nn.Sequential(own, perceptron((own.width, width), settings.activation, output_gain=0.01))
     critic = nn.Sequential(other, perceptron((other.width, 1), settings.activation, output_gain=1.0))
     return ActorCritic(actor=actor, critic=critic, head=head)
+
+
+def _with_memory(
+    observations: ObservationSpec, settings: NetworkSettings, head: nn.Module, width: int
+) -> RecurrentActorCritic:
+    encoder: nn.Module
+    if observations.images:
+        encoder = image_encoder(observations, settings)
+        features = encoder.width
+    else:
+        layers = (observations.width, *settings.hidden)
+        encoder, features = perceptron(layers, settings.activation, output_gain=None), layers[-1]
+    kind = nn.LSTM if settings.recurrent == "lstm" else nn.GRU
+    memory = kind(features, settings.recurrent_width, batch_first=True)
+    for name, parameter in memory.named_parameters():
+        if name.startswith("weight"):
+            nn.init.orthogonal_(parameter)
+        else:
+            nn.init.zeros_(parameter)
+    H = settings.recurrent_width
+    return RecurrentActorCritic(
+        encoder=encoder,
+        memory=memory,
+        actor=perceptron((H, width), settings.activation, output_gain=0.01),
+        critic=perceptron((H, 1), settings.activation, output_gain=1.0),
+        head=head,
+    )
 
 
 def image_encoder(observations: ObservationSpec, settings: NetworkSettings) -> ImageEncoder:

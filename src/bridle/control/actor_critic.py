@@ -1,0 +1,58 @@
+"""A memoryless policy made of any modules: an actor and a critic, on one trunk or on two."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bridle.batch import Evaluation
+from bridle.control.distributions import Distribution
+from bridle.control.heads import squashed
+from bridle.control.observations import Observations
+from bridle.control.policy import ControlPolicy, Transitions
+
+__all__ = ["ActorCritic"]
+
+
+class ActorCritic(ControlPolicy):
+    """A memoryless policy made of any modules.
+
+    ``trunk`` (or, without one, ``actor`` and ``critic``) is given the vector [n, D] where the observations hold no images, and
+    the :class:`Observations` whole where they do: images as uint8, which a network divides by 255 itself. ``actor`` and
+    ``critic`` [n, 1] read what the trunk gives; ``head`` makes a distribution of what the actor gives and the action mask.
+
+        policy = ActorCritic(actor=nn.Linear(4, 2), critic=nn.Linear(4, 1), head=CategoricalHead())
+    """
+
+    def __init__(self, *, actor: nn.Module, critic: nn.Module, head: nn.Module, trunk: nn.Module | None = None) -> None:
+        super().__init__()
+        self.trunk = trunk if trunk is not None else nn.Identity()
+        self.actor = actor
+        self.critic = critic
+        self.head = head
+
+    def forward(self, units: Transitions) -> Evaluation:
+        """Evaluate the actions taken, with one pass through the trunk."""
+        features = self.trunk(units.observations.inputs)
+        distribution = cast(Distribution, self.head(self.actor(features), units.observations.mask))
+        return Evaluation(
+            logp=distribution.log_prob(units.actions),
+            entropy=distribution.entropy(),
+            value=self.critic(features).squeeze(-1),
+        )
+
+    def distribution(self, observations: Observations, state: Tensor | None) -> tuple[Distribution, Tensor | None]:
+        """π(· | s) for n states."""
+        outputs = self.actor(self.trunk(observations.inputs))
+        return cast(Distribution, self.head(outputs, observations.mask)), state
+
+    def values(self, observations: Observations, state: Tensor | None) -> Float[Tensor, " n"]:
+        """V(s) for n states, in units of return."""
+        return cast(Tensor, self.critic(self.trunk(observations.inputs)).squeeze(-1))
+
+    def play(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Squash the actions if the head says so."""
+        return squashed(self.head, actions)
