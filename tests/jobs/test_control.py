@@ -24,6 +24,7 @@ from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
+from bridle.learn.trpo import TRPOSettings
 from bridle.runs import Run
 from bridle.runs.files import load_tensors
 from tests.control import worlds
@@ -68,6 +69,7 @@ def forget_after(path: Path, step: int) -> None:
         {"normalise_observations": True, "scale_rewards": True},
         {"env": "Pendulum-v1", "normalise_observations": True},
         {"algorithm": "a2c", "n_steps": 1, "total_steps": 32, "env": "BridleTest/Counter-v0"},
+        {"algorithm": "trpo", "env": "Pendulum-v1"},
     ],
 )
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -145,6 +147,45 @@ def test_ppo_learns_where_to_act_in_a_box(tmp_path: Path) -> None:
     assert rows[-1]["final/deterministic/return_mean"] > -0.01
 
 
+def test_trpo_learns_where_to_act_in_a_box_and_stays_in_its_region(tmp_path: Path) -> None:
+    config = small(
+        tmp_path / "run",
+        env="BridleTest/Target-v0",
+        algorithm="trpo",
+        total_steps=12_000,
+        n_steps=32,
+        world=WorldSettings(num_envs=8, autoreset="same_step"),
+        network=NetworkSettings(hidden=(16,), initial_log_std=-0.5),
+        trpo=TRPOSettings(max_kl=0.05),
+        optim=OptimSettings(lr=1e-2, schedule="linear"),
+        evaluation=EvaluationSettings(every=0, final_episodes=20),
+        restart_every=0,
+    )
+    rows = metrics(run(config))
+    assert rows[0]["episode_return_mean"] < -0.8
+    assert rows[-1]["final/deterministic/return_mean"] > -0.01
+    assert all(0 <= row["trust_region/kl"] <= 0.05 for row in rows)
+    assert rows[0]["trust_region/kl"] > 0.03
+    assert "lr/critic" in rows[0]
+    assert "lr/policy" not in rows[0]
+
+
+def test_trpo_refuses_a_policy_of_the_users_own_with_one_trunk(tmp_path: Path) -> None:
+    network = NetworkSettings(factory=f"{__name__}:with_one_trunk")
+    with pytest.raises(ConfigError, match="the critic depends on the actor's parameters"):
+        run(small(tmp_path / "run", algorithm="trpo", network=network))
+    assert not (tmp_path / "run").exists()
+
+
+def with_one_trunk(observations: Any, actions: Any) -> Any:
+    from torch import nn
+
+    from bridle.control import ActorCritic, CategoricalHead
+
+    trunk = nn.Sequential(nn.Linear(observations.width, 8), nn.Tanh())
+    return ActorCritic(trunk=trunk, actor=nn.Linear(8, actions.width), critic=nn.Linear(8, 1), head=CategoricalHead())
+
+
 ESTIMATORS = {
     "td": AdvantageSettings(estimator="td", gamma=0.8),
     "n_step": AdvantageSettings(estimator="n_step", n=3, gamma=0.8),
@@ -202,6 +243,8 @@ def with_dropout(observations: Any, actions: Any) -> Any:
         ({"run": {"dtype": "bfloat16"}}, "run.dtype='bfloat16'"),
         ({"ppo": PPOSettings(minibatches=1, kl_loss="k2")}, "ppo.kl_loss='k2'"),
         ({"restart_every": -1}, "restart_every=-1"),
+        ({"algorithm": "trpo", "n_steps": 1}, "trpo.critic_minibatches=4"),
+        ({"algorithm": "trpo", "network": NetworkSettings(shared_trunk=True)}, "network.shared_trunk=True"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

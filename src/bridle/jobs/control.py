@@ -1,4 +1,4 @@
-"""``bridle train``: an agent learns in a Gymnasium environment, by PPO or by the plain actor–critic.
+"""``bridle train``: an agent learns in a Gymnasium environment, by PPO, TRPO or the plain actor–critic.
 
 Each update acts ``n_steps`` steps in every environment, learns from them, and records what it saw. The environments start
 anew from a keyed seed every ``restart_every`` updates and after a resume; so a run resumed from a checkpoint at such an
@@ -32,12 +32,13 @@ from bridle.core.moments import Moments
 from bridle.errors import ConfigError, SamplerMismatch
 from bridle.jobs.config import from_dict, to_dict
 from bridle.jobs.session import RunSettings, Session, open_session
-from bridle.learn import a2c, ppo
+from bridle.learn import a2c, ppo, trpo
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep, summarise
+from bridle.learn.trpo import TRPOSettings
 from bridle.runs.files import Json, load_json, load_tensors, save_json, save_tensors
 
 __all__ = ["ControlConfig", "run"]
@@ -56,12 +57,13 @@ RECENT = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlConfig:
-    """Train an agent in a Gymnasium environment by PPO or the plain actor–critic."""
+    """Train an agent in a Gymnasium environment by PPO, TRPO or the plain actor–critic."""
 
     env: str = "CartPole-v1"
     """Id of the environment, "CartPole-v1", or "module:Name-v0" to import its module first."""
-    algorithm: Literal["ppo", "a2c"] = "ppo"
-    """Clipped surrogate with several epochs a rollout, or the plain actor–critic with one step a rollout."""
+    algorithm: Literal["ppo", "a2c", "trpo"] = "ppo"
+    """Clipped surrogate with several epochs a rollout, the plain actor–critic with one step a rollout, or one natural gradient
+    step of the actor inside a trust region."""
     total_steps: int = 100_000
     """Actions to take in all environments together; the last rollout is finished."""
     n_steps: int = 128
@@ -76,10 +78,12 @@ class ControlConfig:
     """For algorithm "ppo"."""
     a2c: A2CSettings = field(default_factory=lambda: A2CSettings(value_coefficient=0.5))
     """For algorithm "a2c"."""
+    trpo: TRPOSettings = field(default_factory=TRPOSettings)
+    """For algorithm "trpo"."""
     optim: OptimSettings = field(
         default_factory=lambda: OptimSettings(lr=1e-3, schedule="linear", eps=1e-5, max_grad_norm=0.5)
     )
-    """The optimiser; its schedule counts actions, not updates."""
+    """The optimiser, of the critic alone with algorithm "trpo"; its schedule counts actions, not updates."""
     normalise_observations: bool = False
     """Bring every feature to mean 0 and deviation 1 by running statistics, frozen during a rollout and in evaluation."""
     scale_rewards: bool = True
@@ -104,9 +108,16 @@ class ControlConfig:
             raise ConfigError.of("restart_every", self.restart_every, "a number of updates >= 0", "0 never restarts")
         if self.run.dtype != "float32":
             raise ConfigError.of("run.dtype", self.run.dtype, "float32", "networks of this size gain nothing from less")
-        if self.algorithm == "ppo" and self.ppo.minibatches > self.fewest_actions:
-            expected = f"at most {self.fewest_actions}, the fewest actions that a rollout can hold"
-            raise ConfigError.of("ppo.minibatches", self.ppo.minibatches, expected, "raise n_steps or world.num_envs")
+        for algorithm, name, count in (
+            ("ppo", "ppo.minibatches", self.ppo.minibatches),
+            ("trpo", "trpo.critic_minibatches", self.trpo.critic_minibatches),
+        ):
+            if self.algorithm == algorithm and count > self.fewest_actions:
+                expected = f"at most {self.fewest_actions}, the fewest actions that a rollout can hold"
+                raise ConfigError.of(name, count, expected, "raise n_steps or world.num_envs")
+        if self.algorithm == "trpo" and self.network.shared_trunk:
+            expected = 'False with algorithm "trpo", which moves the actor apart from the critic'
+            raise ConfigError.of("network.shared_trunk", True, expected)
         if self.algorithm == "ppo" and self.ppo.kl_loss != "none":
             raise ConfigError.of("ppo.kl_loss", self.ppo.kl_loss, '"none"', "an agent in a world has no reference")
 
@@ -244,6 +255,16 @@ def _episode_metrics(episodes: tuple[Episode, ...]) -> dict[str, float]:
     }
 
 
+def _group(config: ControlConfig, policy: ControlPolicy) -> Group:
+    """What the optimiser moves: with TRPO the critic alone, otherwise all."""
+    parameters = dict(policy.named_parameters())
+    if config.algorithm != "trpo":
+        return Group(name="policy", parameters=parameters, settings=config.optim)
+    actor = policy.actor_parameters()
+    critic = {name: parameter for name, parameter in parameters.items() if name not in actor}
+    return Group(name="critic", parameters=critic, settings=config.optim)
+
+
 class Learner:
     """All that changes while an agent learns: the policy and its optimiser, running statistics, counts."""
 
@@ -251,8 +272,7 @@ class Learner:
         """Start from the policy's present weights, in a world of these ``observations``."""
         self.config = config
         self.policy = policy
-        group = Group(name="policy", parameters=dict(policy.named_parameters()), settings=config.optim)
-        self.optimiser = Optimiser([group], total_steps=config.total_steps)
+        self.optimiser = Optimiser([_group(config, policy)], total_steps=config.total_steps)
         self.moments = Moments.empty((observations.width,)) if config.normalise_observations else None
         self.measured = observations.measured
         self.scale = RewardScale.fresh(config.world.num_envs) if config.scale_rewards else None
@@ -263,6 +283,8 @@ class Learner:
         self.optimiser.schedule(self.progress.actions)
         if self.config.algorithm == "ppo":
             return ppo.update(self.policy, batch, self.optimiser, self.config.ppo, seed=seed, step=step)
+        if self.config.algorithm == "trpo":
+            return trpo.update(self.policy, batch, self.optimiser, self.config.trpo, seed=seed, step=step)
         return a2c.update(self.policy, batch, self.optimiser, self.config.a2c)
 
     def scaled_rewards(self, rollout: Rollout) -> Tensor | None:
