@@ -103,6 +103,146 @@ class Target(gymnasium.Env[np.ndarray, np.ndarray]):
         return 3 + self.state, reward, True, False, {}
 
 
+class SeenCounter(Counter):
+    """A Counter that shows the same two numbers in another kind of space."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        image = spaces.Box(0, 255, (36, 37, 3), np.uint8)
+        everything = {
+            "eye": image,
+            "numbers": spaces.Tuple((spaces.Box(-np.inf, np.inf, (1, 2), np.float64), spaces.Discrete(5, start=2))),
+            "bits": spaces.MultiBinary(10),
+            "digits": spaces.MultiDiscrete([10, 10, 10]),
+        }
+        self.observation_space = image if kind == "image" else spaces.Dict(everything)
+
+    def _show(self) -> Any:
+        eye = np.zeros((36, 37, 3), np.uint8)
+        eye[0, 0], eye[35, 36] = (self.number // 256, self.number % 256, self.t), 255
+        if self.kind == "image":
+            return eye
+        return {
+            "eye": eye,
+            "numbers": (np.array([[self.number, self.t]], np.float64), 2 + self.t % 5),
+            "bits": np.array([int(bit) for bit in f"{self.number:010b}"], np.int8),
+            "digits": np.array([int(digit) for digit in f"{self.number:03d}"]),
+        }
+
+
+class SeenEndless(Endless):
+    """The endless world, shown in another kind of space."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        image = spaces.Box(0, 255, (36, 36), np.uint8)
+        inside = spaces.Dict({"eye": image, "bits": spaces.MultiBinary(2), "one": spaces.Box(0, 1, (1,), np.float32)})
+        plain = spaces.Dict({"bits": spaces.MultiBinary(2), "one": spaces.Box(0, 1, (1,), np.float32)})
+        self.observation_space = {"image": image, "dict": plain, "image in a dict": inside}[kind]
+
+    def _show(self) -> Any:
+        parts = {
+            "eye": np.full((36, 36), 128, np.uint8),
+            "bits": np.array([0, 1], np.int8),
+            "one": np.ones(1, np.float32),
+        }
+        if self.kind == "image":
+            return parts["eye"]
+        return {key: parts[key] for key in self.observation_space.spaces}
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**arguments)
+        return self._show(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self._show(), 1.0, False, False, {}
+
+
+class Masked(gymnasium.Env[Any, Any]):
+    """Allows some actions only, others in each state, and raises on any other; no action is allowed where it ends.
+
+    ``where`` its mask is told: "info", or "key" of its Dict observation. ``fault`` spoils the mask of the third step.
+    """
+
+    def __init__(self, where: str = "info", multi: bool = False, fault: str = "") -> None:
+        self.where, self.multi, self.fault = where, multi, fault
+        self.action_space = spaces.MultiDiscrete([3, 2], start=[1, 0]) if multi else spaces.Discrete(5, start=7)
+        self.sizes = (3, 2) if multi else (5,)
+        seen = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        mask = spaces.Box(0, 1, (5,), np.int8)
+        self.observation_space = spaces.Dict({"action_mask": mask, "seen": seen}) if where == "key" else seen
+
+    def _show(self, end: bool = False) -> tuple[Any, dict[str, Any]]:
+        chances = self.np_random.random(5)
+        mask: Any = chances < 0.5
+        mask[0] |= not mask[: self.sizes[0]].any()
+        mask[4] |= not mask[5 - self.sizes[-1] :].any()
+        self.mask = mask.astype(np.int8) * (not end)
+        seen = np.array([self.t, self.length], np.float32)
+        told: Any = self.mask.copy()
+        if self.fault and self.t == 3:
+            told = {"nothing": told * 0, "shape": told[:4], "numbers": told * 2, "missing": None}[self.fault]
+        if self.where == "key":
+            return {"action_mask": told, "seen": seen}, {}
+        return seen, {} if told is None or (end and self.fault == "") else {"action_mask": told}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t, self.length = 0, 9 if self.fault else int(self.np_random.integers(1, 5))
+        return self._show()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        chosen = np.asarray(action).reshape(-1) - np.asarray(self.action_space.start).reshape(-1)
+        allowed = [bool(part[i]) for part, i in zip(np.split(self.mask, [self.sizes[0]]), chosen, strict=False)]
+        assert all(allowed), f"{action} is forbidden by {self.mask}"
+        self.t += 1
+        end = self.t == self.length
+        seen, info = self._show(end)
+        return seen, 1.0, end, False, info
+
+
+class Match(gymnasium.Env[Any, Any]):
+    """Pays the share of the action's parts that equal what is seen; one step an episode."""
+
+    def __init__(self, space: gymnasium.Space[Any]) -> None:
+        self.observation_space, self.action_space = space, space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        nvec = self.observation_space.nvec if isinstance(self.observation_space, spaces.MultiDiscrete) else 2
+        self.seen = self.np_random.integers(0, nvec, self.observation_space.shape).astype(self.observation_space.dtype)
+        return self.seen, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action)
+        return self.seen, float((action == self.seen).mean()), True, False, {}
+
+
+class Cue(gymnasium.Env[np.ndarray, int]):
+    """Shows one of two cues, then nothing for two steps; the last action is worth 1 if it names the cue."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(0, 1, (3,), np.float32)
+        self.action_space = spaces.Discrete(2)
+
+    def _show(self) -> np.ndarray:
+        return np.array([self.t == 0 and self.cue == 0, self.t == 0 and self.cue == 1, self.t == 2], np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.cue, self.t = int(self.np_random.integers(2)), 0
+        return self._show(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        end = self.t == 3
+        return self._show(), float(end and action == self.cue), end, False, {}
+
+
 _TEXT_INSIDE = spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2), spaces.Text(3)))})
 
 WORLDS: dict[str, dict[str, Any]] = {
@@ -118,7 +258,23 @@ WORLDS: dict[str, dict[str, Any]] = {
     "DictActions-v0": {"entry_point": Strange, "kwargs": {"action": spaces.Dict({"a": spaces.Discrete(2)})}},
     "WholeBox-v0": {"entry_point": Strange, "kwargs": {"action": spaces.Box(0, 3, (2,), np.int64)}},
     "Target-v0": {"entry_point": Target},
+    "ImageCounter-v0": {"entry_point": SeenCounter, "kwargs": {"kind": "image"}},
+    "DictCounter-v0": {"entry_point": SeenCounter, "kwargs": {"kind": "dict"}},
+    "EndlessImage-v0": {"entry_point": SeenEndless, "kwargs": {"kind": "image"}, "max_episode_steps": 4},
+    "EndlessDict-v0": {"entry_point": SeenEndless, "kwargs": {"kind": "dict"}, "max_episode_steps": 4},
+    "EndlessBoth-v0": {"entry_point": SeenEndless, "kwargs": {"kind": "image in a dict"}, "max_episode_steps": 4},
+    "Masked-v0": {"entry_point": Masked},
+    "MaskedKey-v0": {"entry_point": Masked, "kwargs": {"where": "key"}},
+    "MaskedMulti-v0": {"entry_point": Masked, "kwargs": {"multi": True}},
+    "MaskedMultiKey-v0": {"entry_point": Masked, "kwargs": {"where": "key", "multi": True}},
+    "MatchDigits-v0": {"entry_point": Match, "kwargs": {"space": spaces.MultiDiscrete([[3, 2], [2, 4]])}},
+    "MatchBits-v0": {"entry_point": Match, "kwargs": {"space": spaces.MultiBinary((2, 2))}},
+    "Cue-v0": {"entry_point": Cue},
 }
+
+
+for _fault in ("nothing", "shape", "numbers", "missing"):
+    WORLDS[f"Masked-{_fault}-v0"] = {"entry_point": Masked, "kwargs": {"fault": _fault}}
 
 
 def register() -> None:
