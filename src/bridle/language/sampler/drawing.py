@@ -81,8 +81,8 @@ def warp(logits: Float[Tensor, "b V"], settings: SamplingSettings) -> Float[Tens
     """Put −∞ on the tokens that top-k, then top-p, then min-p cut off; softmax of what is left is drawn from.
 
     top-k keeps every token at least as likely as the k-th; top-p (Holtzman et al. 2020) the smallest set of
-    likeliest tokens that holds a share p of what top-k left; min-p (Nguyen et al. 2024, arXiv:2407.01082) those with a probability
-    of at least p times the largest. The likeliest token always stays.
+    likeliest tokens that holds a share p of what top-k left; min-p (Nguyen et al. 2024, arXiv:2407.01082) those
+    with a probability of at least p times the largest. The likeliest token always stays.
     """
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
         least = logits.topk(settings.top_k, dim=-1).values[:, -1:]
