@@ -78,11 +78,23 @@ def run(given: argparse.Namespace) -> None:
             command += [] if given.episodes is None else ["--episodes", str(given.episodes)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             result = json.loads(place.read_text())
-            shown = ["python", "bench/control_returns.py", "run", "--side", given.side, "--env", env, "--seeds", str(seed)]
+            shown = [
+                "python",
+                "bench/control_returns.py",
+                "run",
+                "--side",
+                given.side,
+                "--env",
+                env,
+                "--seeds",
+                str(seed),
+            ]
             result["command"] = shlex.join(shown + (["--peers", "PYTHON"] if given.side != "bridle" else []))
             place.write_text(json.dumps(result) + "\n")
             mean, cpu = statistics.mean(result["returns"]), result["train_cpu_seconds"]
-            print(f"{given.side} {env} seed {seed}: {mean:.1f} at {result['steps']} steps, {cpu} CPU seconds", flush=True)
+            print(
+                f"{given.side} {env} seed {seed}: {mean:.1f} at {result['steps']} steps, {cpu} CPU seconds", flush=True
+            )
 
 
 def interval(values: list[float], point: float) -> float:

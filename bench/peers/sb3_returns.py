@@ -1,6 +1,6 @@
 """Train one environment with Stable-Baselines3 as RL Zoo tunes it, and judge the final policy.
 
-    PYTHON bench/peers/sb3_returns.py ENV SEED PLACE [--steps N]     PYTHON: an environment's with stable-baselines3
+PYTHON bench/peers/sb3_returns.py ENV SEED PLACE [--steps N]     PYTHON: an environment's with stable-baselines3
 """
 
 from __future__ import annotations

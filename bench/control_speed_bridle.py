@@ -1,0 +1,70 @@
+"""Bridle's side of ``bench/control_speed.py``: the job as ``bridle train`` runs it, with the least evaluation."""
+
+from __future__ import annotations
+
+import time
+
+BEFORE = time.perf_counter()
+
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from peers.workload import Watch, Workload, tell  # noqa: E402
+
+from bridle.control import EvaluationSettings, NetworkSettings, WorldSettings  # noqa: E402
+from bridle.jobs.control import ControlConfig, run  # noqa: E402
+from bridle.jobs.session import RunSettings  # noqa: E402
+from bridle.learn.advantages import AdvantageSettings  # noqa: E402
+from bridle.learn.optim import OptimSettings  # noqa: E402
+from bridle.learn.ppo import PPOSettings  # noqa: E402
+from bridle.runs import Run  # noqa: E402
+
+IMPORTS = time.perf_counter() - BEFORE
+
+
+def config_of(load: Workload, folder: Path, rollouts: int, *, sync: bool) -> ControlConfig:
+    """What the peers are told, in Bridle's words: its value loss is ½ (V − R)²."""
+    own = load.network == "own"
+    return ControlConfig(
+        env=load.env,
+        total_steps=rollouts * load.rollout,
+        n_steps=load.n_steps,
+        world=WorldSettings(num_envs=load.num_envs, vectorization="sync" if sync else "auto"),
+        network=NetworkSettings(factory="own_module:build" if own else None),
+        advantage=AdvantageSettings(gamma=load.gamma, lam=load.lam),
+        ppo=PPOSettings(
+            epochs=load.epochs,
+            minibatches=load.minibatches,
+            clip=load.clip,
+            value_coefficient=2 * load.value,
+            entropy_coefficient=load.entropy,
+            whiten="minibatch",
+        ),
+        optim=OptimSettings(lr=load.lr, schedule="linear", eps=1e-5, max_grad_norm=load.max_grad_norm),
+        scale_rewards=False,
+        evaluation=EvaluationSettings(every=0, final_episodes=5, max_steps=1),
+        run=RunSettings(dir=folder, seed=load.seed, threads=load.threads, quiet=True),
+    )
+
+
+def main() -> None:
+    load, sync = Workload.told(), "--sync" in sys.argv
+    with tempfile.TemporaryDirectory() as place:
+        if load.warmup:
+            run(config_of(load, Path(place) / "warmup", load.warmup, sync=sync))
+        watch, clock = Watch(load.until), time.time()
+        opened = Run.open(run(config_of(load, Path(place) / "run", load.rollouts, sync=sync)))
+        answer = watch.answer(load.rollouts * load.rollout, IMPORTS, "bridle")
+        rows, ends = opened.metrics(), {row["step"]: row["time"] for row in opened.timings()}
+        for row in rows:
+            reached = row["episodes"] >= 100 and row["return_of_last_100"] >= (load.until or float("inf"))
+            if reached and answer["reached_seconds"] is None:
+                answer |= {"reached_seconds": ends[row["step"]] - clock, "reached_steps": row["actions"]}
+        answer["return_of_last_100"] = rows[-1]["return_of_last_100"]
+        answer["form"] = "sync" if sync else "auto"
+    tell(answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Stable-Baselines3's side of ``bench/control_speed.py``."""
+
+from __future__ import annotations
+
+import time
+
+BEFORE = time.perf_counter()
+
+import functools  # noqa: E402
+import warnings  # noqa: E402
+from typing import Any  # noqa: E402
+
+import gymnasium  # noqa: E402
+import torch  # noqa: E402
+from stable_baselines3 import PPO  # noqa: E402
+from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env  # noqa: E402
+from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack  # noqa: E402
+from torch import nn  # noqa: E402
+from workload import Watch, Workload, tell  # noqa: E402
+
+IMPORTS = time.perf_counter() - BEFORE
+
+
+class Tower(nn.Module):
+    """A user's own network, written as users write them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 64)
+        self.second = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+
+class Towers(nn.Module):
+    """Two of them, in the place where SB3 asks for a custom network."""
+
+    latent_dim_pi = latent_dim_vf = 64
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.actor, self.critic = Tower(width), Tower(width)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.actor(x), self.critic(x)
+
+    def forward_actor(self, x: torch.Tensor) -> torch.Tensor:
+        return self.actor(x)
+
+    def forward_critic(self, x: torch.Tensor) -> torch.Tensor:
+        return self.critic(x)
+
+
+class OwnPolicy(ActorCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = Towers(self.features_dim)
+
+
+class Follow(BaseCallback):
+    """Ends the training once the returns are where they are waited for."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch, self.done = watch, False
+
+    def _on_step(self) -> bool:
+        return not self.done
+
+    def _on_rollout_end(self) -> None:
+        self.watch.returns.clear()  # the buffer itself holds the last 100
+        buffer = self.model.ep_info_buffer or ()
+        self.done = self.watch.saw((episode["r"] for episode in buffer), self.num_timesteps)
+
+
+def world(load: Workload) -> VecEnv:
+    if load.network != "nature":
+        return make_vec_env(load.env, n_envs=load.num_envs, seed=load.seed)
+    make = functools.partial(gymnasium.make, load.env, frameskip=1, repeat_action_probability=0.0)
+    return VecFrameStack(make_atari_env(make, n_envs=load.num_envs, seed=load.seed), 4)
+
+
+def learner(load: Workload) -> PPO:
+    shape: dict[str, Any] = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}} if load.network == "mlp" else {}
+    policy = {"mlp": "MlpPolicy", "own": OwnPolicy, "nature": "CnnPolicy"}[load.network]
+    return PPO(
+        policy,
+        world(load),
+        n_steps=load.n_steps,
+        batch_size=load.minibatch,
+        n_epochs=load.epochs,
+        learning_rate=lambda left: load.lr * left,
+        gamma=load.gamma,
+        gae_lambda=load.lam,
+        clip_range=load.clip,
+        ent_coef=load.entropy,
+        vf_coef=load.value,
+        max_grad_norm=load.max_grad_norm,
+        policy_kwargs=shape,
+        seed=load.seed,
+        device="cpu",
+    )
+
+
+def main() -> None:
+    load = Workload.told()
+    torch.set_num_threads(load.threads)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    if load.network == "nature":
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
+    if load.warmup:
+        learner(load).learn(load.warmup * load.rollout)
+    watch = Watch(load.until)
+    model = learner(load)
+    model.learn(load.rollouts * load.rollout, callback=Follow(watch))
+    tell(watch.answer(model.num_timesteps, IMPORTS, "stable_baselines3"))
+
+
+if __name__ == "__main__":
+    main()
