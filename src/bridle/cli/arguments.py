@@ -16,7 +16,7 @@ import tyro
 
 from bridle.errors import ConfigError, UserError
 
-__all__ = ["Option", "options_of", "parse"]
+__all__ = ["Option", "first_look", "options_of", "parse"]
 
 T = TypeVar("T")
 
@@ -52,10 +52,18 @@ def options_of(config_class: type[Any], *, prefix: str = "", defaulted: bool = F
             yield Option(name=f"--{prefix}{name}", required=not optional, negation=negation)
 
 
-def parse(config_class: type[T], arguments: Sequence[str], *, program: str, positional: str | None = None) -> T:
+def parse(
+    config_class: type[T],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    positional: str | None = None,
+    default: T | None = None,
+) -> T:
     """Build ``config_class`` from the command line.
 
-    ``positional`` is the option whose name may be left out if its value comes first. Raises :class:`UserError` in one
+    ``positional`` is the option whose name may be left out if its value comes first; ``default`` holds what options that are
+    not given stand at, instead of the class's own defaults. Raises :class:`UserError` in one
     line for whatever is wrong; ``--help`` prints and raises ``SystemExit(0)``.
     """
     if positional is not None and arguments and not arguments[0].startswith("-"):
@@ -64,7 +72,7 @@ def parse(config_class: type[T], arguments: Sequence[str], *, program: str, posi
     try:
         with redirect_stderr(complaint):
             usage = program if positional is None else f"{program} {positional.upper()}"
-            config = tyro.cli(config_class, prog=usage, args=list(arguments))
+            config: T = tyro.cli(config_class, prog=usage, args=list(arguments), default=default)  # type: ignore[assignment]
     except SystemExit as leave:
         if not leave.code:
             raise
@@ -75,6 +83,19 @@ def parse(config_class: type[T], arguments: Sequence[str], *, program: str, posi
                 name, number, "a finite number", f"leave --{name.replace('_', '-')} out for its default"
             )
     return config
+
+
+def first_look(config_class: type[T], arguments: Sequence[str], *, positional: str) -> T | None:
+    """Read the few options of ``config_class`` among many others; None where they cannot be read, or help is asked for."""
+    if any(argument in _ALWAYS for argument in arguments):
+        arguments = [argument for argument in arguments if argument not in _ALWAYS]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{positional}", *arguments]
+    try:
+        with redirect_stderr(io.StringIO()):
+            return tyro.cli(config_class, args=list(arguments), return_unknown_args=True)[0]
+    except SystemExit:
+        return None  # the whole parse says what is wrong
 
 
 def _numbers(value: object, name: str) -> Iterator[tuple[str, float]]:

@@ -36,6 +36,8 @@ class JobCommand:
     """the optional dependencies it needs."""
     positional: str | None = None
     """the option whose name may be left out if its value comes first."""
+    starting: str | None = None
+    """name of a class in that module: a few of the options, whose ``settings()`` the others then start from."""
 
     def load(self) -> tuple[type[Any], Callable[..., Path]]:
         """Import the job; raises :class:`UserError` where its optional dependencies are not installed."""
@@ -81,6 +83,7 @@ COMMANDS = {
         help="train an agent in a Gymnasium environment: bridle train CartPole-v1",
         extra="control",
         positional="env",
+        starting="Start",
     ),
 }
 """What each job command runs."""
@@ -107,8 +110,21 @@ def _run_job(name: str, arguments: Sequence[str]) -> None:
 
     command = COMMANDS[name]
     config_class, run = command.load()
-    config = parse(config_class, arguments, program=f"bridle {name}", positional=command.positional)
+    with _finding_modules_here():
+        default = _start(command, arguments)
+    config = parse(config_class, arguments, program=f"bridle {name}", positional=command.positional, default=default)
     _call(command, run, config, resume=False)
+
+
+def _start(command: JobCommand, arguments: Sequence[str]) -> object | None:
+    """Return what the options start from, where that depends on what some of them say."""
+    from bridle.cli.arguments import first_look
+
+    if command.starting is None or command.positional is None:
+        return None
+    chosen = getattr(import_module(f"bridle.jobs.{command.job}"), command.starting)
+    first = first_look(chosen, arguments, positional=command.positional)
+    return None if first is None else first.settings()
 
 
 def _call(command: JobCommand, run: Callable[..., Path], config: object, *, resume: bool) -> None:

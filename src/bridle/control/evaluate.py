@@ -71,6 +71,11 @@ class Score:
         """Half of the 95 % interval of the mean: t_{0.975, n−1} s / √n."""
         return student_t(len(self.returns) - 1) * self.deviation / math.sqrt(len(self.returns))
 
+    def __str__(self) -> str:
+        """Say mean, 95 % interval, deviation and count in one line."""
+        n = len(self.returns)
+        return f"{self.mean:.4g} ± {self.half_width:.2g} (95 %), deviation {self.deviation:.3g}, {n} episodes"
+
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return the numbers that a run records."""
         return {

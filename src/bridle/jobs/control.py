@@ -7,52 +7,47 @@ update goes on exactly as the uninterrupted one, although the inside of an envir
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
-from torch import Tensor
+from gymnasium.vector import VectorEnv
 
-from bridle.batch import Batch
-from bridle.control.collect import Collector, Episode, Rollout, Stop
+from bridle.control.collect import Collector
 from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, evaluate
-from bridle.control.making import WorldSettings, make_world
+from bridle.control.making import GivenWorld, WorldSettings, is_atari, make_world
 from bridle.control.networks import NetworkSettings, build_policy
-from bridle.control.policy import ControlPolicy
 from bridle.control.prepare import prepare
-from bridle.control.saved import Agent, save_policy
-from bridle.control.scaling import RewardScale, observed
-from bridle.control.spaces import ObservationSpec
-from bridle.core.moments import Moments
+from bridle.control.saved import Agent, load_policy, save_policy
+from bridle.control.spaces import BoxActions
 from bridle.errors import ConfigError, SamplerMismatch
 from bridle.jobs.config import from_dict, to_dict
+from bridle.jobs.learner import Learner
+from bridle.jobs.presets import KINDS, PRESETS, merged
 from bridle.jobs.session import RunSettings, Session, open_session
-from bridle.learn import a2c, ppo, trpo
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
-from bridle.learn.optim import Group, Optimiser, OptimSettings
+from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
-from bridle.learn.record import UpdateStep, summarise
+from bridle.learn.record import UpdateStep
 from bridle.learn.trpo import TRPOSettings
-from bridle.runs.files import Json, load_json, load_tensors, save_json, save_tensors
 
-__all__ = ["ControlConfig", "run"]
+__all__ = ["ControlConfig", "default_config", "kind_of", "run", "train"]
 
 GAP_BOUND = 1e-2
 """A larger mean |first trainer forward − sampler log-probability| (float32, nats) ends the run: they are not one policy."""
 
-_MOMENTS = ("count", "mean", "m2")
-
 UNDISTURBED = 6_000
 """Steps that each environment is left alone at least, by default, before it starts anew for the sake of exact resumes."""
-
-RECENT = 100
-"""How many finished episodes the moving average of returns covers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +56,9 @@ class ControlConfig:
 
     env: str = "CartPole-v1"
     """Id of the environment, "CartPole-v1", or "module:Name-v0" to import its module first."""
+    preset: str = "none"
+    """Which row of the table of presets these settings started from; `bridle train` begins with it and lets flags win. "auto":
+    the environment's own row, else that of its kind; "none": the plain defaults."""
     algorithm: Literal["ppo", "a2c", "trpo"] = "ppo"
     """Clipped surrogate with several epochs a rollout, the plain actor–critic with one step a rollout, or one natural gradient
     step of the actor inside a trust region."""
@@ -89,6 +87,12 @@ class ControlConfig:
     scale_rewards: bool = True
     """Divide rewards by the running deviation of the discounted return, so that actor and critic share one learning rate
     and one gradient norm whatever the rewards' size; metrics keep the environment's own."""
+    clip_rewards: float | None = None
+    """Clip what is learned from, after scaling, to ± this; 1 leaves an Atari reward's sign."""
+    clip_schedule: Literal["constant", "linear"] = "constant"
+    """Whether PPO's ε stays, or falls with the actions taken so that 0 would be reached after the last."""
+    recompute_advantages: bool = False
+    """Evaluate the rollout's values and advantages again with the present critic before each of PPO's epochs."""
     restart_every: int | None = None
     """Updates after which the environments start anew; a resume from a checkpoint at such an update is exact. 0: never. By
     default a multiple of run.checkpoint_every that leaves each environment at least 6,000 steps."""
@@ -108,16 +112,25 @@ class ControlConfig:
             raise ConfigError.of("restart_every", self.restart_every, "a number of updates >= 0", "0 never restarts")
         if self.run.dtype != "float32":
             raise ConfigError.of("run.dtype", self.run.dtype, "float32", "networks of this size gain nothing from less")
-        for algorithm, name, count in (
+        for algorithm, name, number in (
             ("ppo", "ppo.minibatches", self.ppo.minibatches),
             ("trpo", "trpo.critic_minibatches", self.trpo.critic_minibatches),
         ):
-            if self.algorithm == algorithm and count > self.fewest_actions:
+            if self.algorithm == algorithm and number > self.fewest_actions:
                 expected = f"at most {self.fewest_actions}, the fewest actions that a rollout can hold"
-                raise ConfigError.of(name, count, expected, "raise n_steps or world.num_envs")
+                raise ConfigError.of(name, number, expected, "raise n_steps or world.num_envs")
         if self.algorithm == "trpo" and self.network.shared_trunk:
             expected = 'False with algorithm "trpo", which moves the actor apart from the critic'
             raise ConfigError.of("network.shared_trunk", True, expected)
+        if self.algorithm == "trpo" and self.network.recurrent is not None:
+            expected = 'None with algorithm "trpo"; actor and critic share a memory'
+            raise ConfigError.of("network.recurrent", self.network.recurrent, expected)
+        if self.clip_rewards is not None and self.clip_rewards <= 0:
+            raise ConfigError.of("clip_rewards", self.clip_rewards, "a number > 0", "leave it out to switch it off")
+        if self.recompute_advantages and self.algorithm != "ppo":
+            raise ConfigError.of("recompute_advantages", True, 'algorithm "ppo"', "the others see a rollout once")
+        if self.clip_schedule == "linear" and (self.algorithm != "ppo" or self.ppo.clip is None):
+            raise ConfigError.of("clip_schedule", "linear", 'algorithm "ppo" with a clip')
         if self.algorithm == "ppo" and self.ppo.kl_loss != "none":
             raise ConfigError.of("ppo.kl_loss", self.ppo.kl_loss, '"none"', "an agent in a world has no reference")
 
@@ -142,60 +155,83 @@ class ControlConfig:
         return max(self.n_steps, self.world.num_envs * (self.n_steps // 2))
 
 
-def run(config: ControlConfig, *, resume: bool = False) -> Path:
+def run(config: ControlConfig, *, resume: bool = False, world: GivenWorld | None = None) -> Path:
     """Train an agent; return the run's directory, whose ``policy`` folder holds it.
+
+    Args:
+        config: what to do.
+        resume: go on with the run at ``config.run.dir``.
+        world: a vector environment of the user's own, or a function that makes one, instead of ``config.env``. A function
+            is called twice, for training and for evaluation; a vector environment serves both, so training episodes
+            start anew after each evaluation.
 
     Raises:
         WorldError: the environment cannot be made or trained on.
         ConfigError: the settings cannot work together.
         TrainingError: a loss is not finite, or sampler and trainer disagree.
     """
-    with closing(make_world(config.env, config.world)) as world, closing(make_world(config.env, config.world)) as judge:
-        policy = build_policy(world.observations, world.actions, config.network, seed=config.run.seed)
+    given = config.env if world is None else world
+    with ExitStack() as stack:
+        acted = stack.enter_context(closing(make_world(given, config.world)))
+        if not isinstance(given, str):
+            config = replace(config, env=acted.name, world=replace(config.world, num_envs=acted.num_envs))
+        judge = acted if isinstance(given, VectorEnv) else stack.enter_context(closing(make_world(given, config.world)))
+        policy = build_policy(acted.observations, acted.actions, config.network, seed=config.run.seed)
         with open_session("control", config, config.run, resume=resume) as session:
-            learner = Learner(config, policy.to(session.device), world.observations)
+            session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
+            learner = Learner(config, policy.to(session.device), acted)
             learner.restore(session)
-            _train(config, learner, Collector(world, config.n_steps, device=session.device), judge, session)
-            agent = Agent(
-                policy=policy, observations=world.observations, actions=world.actions, moments=learner.moments
-            )
+            _train(config, learner, Collector(acted, config.n_steps, device=session.device), judge, session)
             with session.run.export("policy") as folder:
-                save_policy(folder, agent, config.network, env=config.env)
+                save_policy(folder, learner.agent, config.network, env=config.env)
     return session.run.path
 
 
 def _train(config: ControlConfig, learner: Learner, collector: Collector, judge: World, session: Session) -> None:
-    seed, step = config.run.seed, session.start
+    seed, step, fresh = config.run.seed, session.start, True
     with session.progress(config.total_steps, config.env, start=learner.progress.actions) as bar:
         while learner.progress.actions < config.total_steps:
             step += 1
             started = time.perf_counter()
-            if step == session.start + 1 or (config.restart_updates and (step - 1) % config.restart_updates == 0):
+            if fresh or (config.restart_updates and (step - 1) % config.restart_updates == 0):
                 collector.restart(seed=seed, step=step)
                 learner.forget_episodes_in_progress()
             rollout = collector.collect(learner.policy, learner.moments, seed=seed, step=step)
-            batch = prepare(
-                rollout, learner.policy, learner.moments, config.advantage, rewards=learner.scaled_rewards(rollout)
+            ready = partial(
+                prepare,
+                rollout,
+                learner.policy,
+                learner.moments,
+                config.advantage,
+                rewards=learner.learnt_rewards(rollout),
             )
-            updates = list(learner.update(batch, seed=seed, step=step))
+            again = {"anew": ready} if config.recompute_advantages else {}
+            updates = list(learner.update(ready(), seed=seed, step=step, **again))
             learner.take_in(rollout)
             _check_gap(updates[0])
             elapsed = time.perf_counter() - started
             last = learner.progress.actions >= config.total_steps
-            metrics = _judge(config, learner, judge, step=step, last=last)
-            if metrics or step % config.record_every == 0:
-                session.record(step, {**learner.metrics(rollout, updates), **metrics})
+            scores = _judge(config, learner, judge, session, step=step, last=last)
+            shown: dict[str, float] = {}
+            if scores or step % config.record_every == 0:
+                metrics = learner.metrics(rollout, updates)
+                session.record(step, {**metrics, **scores})
                 session.run.timing(step, seconds=elapsed, steps_per_second=rollout.steps / elapsed)
-            bar.advance(rollout.steps, return_of_last_100=learner.progress.recent_return)
-            session.end_step(step, last=step if last else step + 1, save=learner.save)
+                shown = {"KL": metrics["old_kl"], "explained_variance": metrics["explained_variance"]}
+            speed = round(rollout.steps / elapsed)
+            bar.advance(rollout.steps, **{"return": learner.progress.recent_return, **shown, "steps/s": speed})
+            session.end_step(step, last=step if last else step + 1, save=lambda folder: learner.save(folder, session))
+            fresh = bool(scores) and judge is collector.world
 
 
-def _judge(config: ControlConfig, learner: Learner, judge: World, *, step: int, last: bool) -> dict[str, float]:
-    """Evaluate if it is due, with the most likely actions and with drawn ones."""
-    settings = config.evaluation
-    every = config.evaluation_updates
+def _judge(
+    config: ControlConfig, learner: Learner, judge: World, session: Session, *, step: int, last: bool
+) -> dict[str, float]:
+    """Evaluate if it is due, with the most likely actions and with drawn ones, and keep the best policy."""
+    settings, every = config.evaluation, config.evaluation_updates
     if not (last or (every and step % every == 0)):
         return {}
+    when = "final" if last else "evaluation"
     metrics: dict[str, float] = {}
     for name, deterministic in (("deterministic", True), ("sampled", False)):
         score = evaluate(
@@ -208,7 +244,10 @@ def _judge(config: ControlConfig, learner: Learner, judge: World, *, step: int, 
             step=step,
             max_steps=settings.max_steps,
         )
-        metrics |= score.metrics(f"{'final' if last else 'evaluation'}/{name}")
+        metrics |= score.metrics(f"{when}/{name}")
+        if deterministic:
+            learner.keep_if_best(score.mean, session, step=step)
+            session.say(f"{when} after {learner.progress.actions} actions: {score}")
     return metrics
 
 
@@ -220,133 +259,87 @@ def _check_gap(first: UpdateStep) -> None:
         )
 
 
+def default_config(env: str, *, preset: str = "auto", world: WorldSettings | None = None) -> ControlConfig:
+    """Settings to start from in ``env``: those of ``preset``, in a run directory that is still free.
+
+    Args:
+        env: id of the environment.
+        preset: "auto" takes the environment's own row of the table, else its kind's; "none" is the plain defaults; any
+            other name is a row.
+        world: arguments and wrappers, which may change the kind.
+
+    Raises:
+        ConfigError: there is no such preset.
+        WorldError: the environment cannot be made.
+    """
+    config = ControlConfig(env=env, preset="none", run=RunSettings(dir=_free_directory(env)))
+    known = ("auto", "none", *KINDS, *PRESETS)
+    if preset not in known:
+        near = get_close_matches(preset, known, 1)
+        raise ConfigError.of("preset", preset, "one of " + ", ".join(known), f"did you mean {near[0]}?" if near else "")
+    if preset == "none":
+        return config
+    kind = preset if preset in KINDS else kind_of(env, world or config.world)
+    name = env if preset == "auto" and env in PRESETS else kind if preset == "auto" else preset
+    changes = merged(KINDS[kind], PRESETS.get(name, {}))
+    return from_dict(ControlConfig, merged(to_dict(config), {**changes, "preset": name}))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a run has come."""
+class Start:
+    """What the command line looks at before the rest: it decides what the other options stand at."""
 
-    actions: int = 0
-    """Actions taken; steps in which an environment only reset itself are none."""
-    episodes: int = 0
-    """Episodes finished."""
-    recent: tuple[Episode, ...] = ()
-    """The last 100 of them, oldest first."""
+    env: str | None = None
+    """Id of the environment."""
+    preset: str = "auto"
+    """A row of the table of presets."""
+    world: WorldSettings = field(default_factory=WorldSettings)
+    """The environments."""
 
-    def after(self, rollout: Rollout) -> Progress:
-        """Count one rollout."""
-        recent = (*self.recent, *rollout.episodes)[-RECENT:]
-        actions, episodes = self.actions + rollout.steps, self.episodes + len(rollout.episodes)
-        return Progress(actions=actions, episodes=episodes, recent=recent)
-
-    @property
-    def recent_return(self) -> float:
-        """Mean return of the last 100 finished episodes; NaN before the first."""
-        return sum(e.return_ for e in self.recent) / len(self.recent) if self.recent else float("nan")
+    def settings(self) -> ControlConfig | None:
+        """Return the preset's settings; None without an environment."""
+        return None if self.env is None else default_config(self.env, preset=self.preset, world=self.world)
 
 
-def _episode_metrics(episodes: tuple[Episode, ...]) -> dict[str, float]:
-    """Means over the episodes that a rollout ended; nothing if it ended none."""
-    if not episodes:
-        return {}
-    n = len(episodes)
-    return {
-        "episode_return_mean": sum(e.return_ for e in episodes) / n,
-        "episode_length_mean": sum(e.length for e in episodes) / n,
-        "episode_truncated_share": sum(e.stop is Stop.TRUNCATED for e in episodes) / n,
-    }
+def kind_of(env: str, settings: WorldSettings) -> str:
+    """Say which kind of world ``env`` is, by its spaces: a key of :data:`bridle.jobs.presets.KINDS`."""
+    if is_atari(env):
+        return "atari"
+    with closing(make_world(env, replace(settings, num_envs=1, vectorization="sync"))) as world:
+        if world.observations.images:
+            return "image"
+        return "box" if isinstance(world.actions, BoxActions) else "vector"
 
 
-def _group(config: ControlConfig, policy: ControlPolicy) -> Group:
-    """What the optimiser moves: with TRPO the critic alone, otherwise all."""
-    parameters = dict(policy.named_parameters())
-    if config.algorithm != "trpo":
-        return Group(name="policy", parameters=parameters, settings=config.optim)
-    actor = policy.actor_parameters()
-    critic = {name: parameter for name, parameter in parameters.items() if name not in actor}
-    return Group(name="critic", parameters=critic, settings=config.optim)
+def _free_directory(env: str) -> Path:
+    """Return runs/ENV, or runs/ENV-2, -3, … where something is there already."""
+    name = re.sub(r"[^\w.-]+", "-", env)
+    numbered = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in count(1))
+    return next(path for path in numbered if not path.exists())
 
 
-class Learner:
-    """All that changes while an agent learns: the policy and its optimiser, running statistics, counts."""
+def train(env: str | GivenWorld, *, preset: str = "auto", resume: bool = False, **settings: Any) -> Agent:
+    """Train an agent and return it, ready to act; its run, with the same agent in ``policy``, lies in ``run["dir"]``.
 
-    def __init__(self, config: ControlConfig, policy: ControlPolicy, observations: ObservationSpec) -> None:
-        """Start from the policy's present weights, in a world of these ``observations``."""
-        self.config = config
-        self.policy = policy
-        self.optimiser = Optimiser([_group(config, policy)], total_steps=config.total_steps)
-        self.moments = Moments.empty((observations.width,)) if config.normalise_observations else None
-        self.measured = observations.measured
-        self.scale = RewardScale.fresh(config.world.num_envs) if config.scale_rewards else None
-        self.progress = Progress()
+        agent = bridle.train("CartPole-v1", total_steps=50_000, run={"dir": "runs/first"})
 
-    def update(self, batch: Batch, *, seed: int, step: int) -> Iterator[UpdateStep]:
-        """Learn from one rollout."""
-        self.optimiser.schedule(self.progress.actions)
-        if self.config.algorithm == "ppo":
-            return ppo.update(self.policy, batch, self.optimiser, self.config.ppo, seed=seed, step=step)
-        if self.config.algorithm == "trpo":
-            return trpo.update(self.policy, batch, self.optimiser, self.config.trpo, seed=seed, step=step)
-        return a2c.update(self.policy, batch, self.optimiser, self.config.a2c)
+    Args:
+        env: id of an environment, a vector environment, or a function that makes one.
+        preset: what to start from, as ``bridle train --preset``; without an id, a kind or "none" (the default then).
+        resume: go on with the run at ``run["dir"]``.
+        **settings: fields of :class:`ControlConfig`; groups as mappings, ``ppo={"clip": 0.1}``.
 
-    def scaled_rewards(self, rollout: Rollout) -> Tensor | None:
-        """Take the rollout into the reward scale and return its rewards scaled; None where they are not."""
-        if self.scale is None:
-            return None
-        ended = rollout.terminated | rollout.truncated
-        self.scale = self.scale.updated(rollout.rewards, ended, rollout.mask, gamma=self.config.advantage.gamma)
-        return self.scale.apply(rollout.rewards)
-
-    def take_in(self, rollout: Rollout) -> None:
-        """Count the rollout, and let the observation statistics see it."""
-        self.progress = self.progress.after(rollout)
-        if self.moments is not None:
-            self.moments = observed(self.moments, rollout.observations, rollout.mask, self.measured)
-
-    def forget_episodes_in_progress(self) -> None:
-        """Follow a restart of the environments."""
-        if self.scale is not None:
-            self.scale = self.scale.restarted()
-
-    def metrics(self, rollout: Rollout, updates: list[UpdateStep]) -> dict[str, float]:
-        """Return what the run records of one update."""
-        metrics = {
-            "actions": self.progress.actions,
-            "episodes": self.progress.episodes,
-            "return_of_last_100": self.progress.recent_return,
-            **_episode_metrics(rollout.episodes),
-            **summarise(updates),
-            **{f"lr/{name}": lr for name, lr in self.optimiser.lrs.items()},
-        }
-        if updates[0].gap is not None:
-            metrics["sampler_gap_mean"] = float(updates[0].gap.mean)
-            metrics["sampler_gap_max"] = float(updates[0].gap.maximum)
-        return metrics
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint."""
-        save_tensors(folder / "policy.safetensors", self.policy.state_dict())
-        save_tensors(folder / "optimiser.safetensors", self.optimiser.state())
-        save_tensors(folder / "statistics.safetensors", self._statistics())
-        save_json(folder / "progress.json", to_dict(self.progress))
-
-    def restore(self, session: Session) -> None:
-        """Go on from the session's checkpoint, if there is one.
-
-        Raises:
-            RunError: the checkpoint does not fit these settings.
-        """
-        if session.checkpoint is None:
-            return
-        folder, device = session.checkpoint.path, str(session.device)
-        self.policy.load_state_dict(load_tensors(folder / "policy.safetensors", device=device))
-        self.optimiser.load_state(load_tensors(folder / "optimiser.safetensors"))
-        statistics = load_tensors(folder / "statistics.safetensors")
-        if self.moments is not None:
-            self.moments = Moments(**{name: statistics[f"observations/{name}"] for name in _MOMENTS})
-        if self.scale is not None:
-            moments = Moments(**{name: statistics[f"rewards/{name}"] for name in _MOMENTS})
-            self.scale = replace(self.scale, moments=moments)
-        self.progress = from_dict(Progress, cast(dict[str, Json], load_json(folder / "progress.json")))
-
-    def _statistics(self) -> dict[str, Tensor]:
-        moments = {"observations": self.moments, "rewards": None if self.scale is None else self.scale.moments}
-        return {f"{of}/{name}": getattr(m, name) for of, m in moments.items() if m is not None for name in _MOMENTS}
+    Raises:
+        UserError: what the caller can mend, in one line.
+        TrainingError: a loss is not finite, or sampler and trainer disagree.
+    """
+    name = env if isinstance(env, str) else "given"
+    if name == "given" and preset == "auto":
+        preset = "none"
+    asked = json.loads(json.dumps(settings, default=str))
+    world = from_dict(WorldSettings, asked["world"]) if isinstance(asked.get("world"), dict) else None
+    start = to_dict(default_config(name, preset=preset, world=world))
+    config = from_dict(ControlConfig, merged(start, asked))
+    path = run(config, resume=resume, world=None if isinstance(env, str) else env)
+    own = None if config.network.factory is None else partial(build_policy, settings=config.network, seed=0)
+    return load_policy(path / "policy", build=own)
