@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bridle.control.observations import Observations
-from bridle.control.spaces import MASK_KEY, ActionSpec, ObservationSpec
+from bridle.control.parts import MASK_KEY
+from bridle.control.spaces import ActionSpec, ObservationSpec
 from bridle.errors import WorldError
 
 __all__ = ["Masks", "allowed"]

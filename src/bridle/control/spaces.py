@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -16,170 +16,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bridle.control.observations import Observations
+from bridle.control.parts import (
+    LEAST_SIDE,
+    MASK_KEY,
+    BoxPart,
+    DiscretePart,
+    ImagePart,
+    Layout,
+    MaskPart,
+    MultiBinaryPart,
+    MultiDiscretePart,
+    Number,
+    Part,
+    Path,
+    at,
+    fits,
+    named,
+    part_from_json,
+    single,
+    sizes,
+)
 from bridle.errors import ModelError, WorldError
 
 __all__ = [
     "ActionSpec",
     "BoxActions",
-    "BoxPart",
     "DiscreteActions",
-    "DiscretePart",
-    "ImagePart",
-    "MaskPart",
     "MultiBinaryActions",
-    "MultiBinaryPart",
     "MultiDiscreteActions",
-    "MultiDiscretePart",
     "ObservationSpec",
-    "Part",
     "action_spec",
     "action_spec_from_json",
     "observation_spec",
     "observation_spec_from_json",
     "spec_to_json",
 ]
-
-Path = tuple[str | int, ...]
-"""Keys of Dicts and places in Tuples that lead from a whole observation to a part of it; () is the whole."""
-
-Layout = Literal["hw", "chw", "hwc", "fchw", "fhwc"]
-"""The axes of an image: height, width, channels, frames."""
-
-MASK_KEY = "action_mask"
-"""The key of a Dict observation, and of Gymnasium's info, that tells which actions are allowed."""
-
-LEAST_SIDE = 36
-"""Pixels of the smallest side that the Nature CNN can read; a smaller array of uint8 is taken for numbers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoxPart:
-    """A Box of numbers, flattened."""
-
-    path: Path
-    """Where it is found in an observation."""
-    shape: tuple[int, ...]
-    """Shape of one."""
-
-    @property
-    def width(self) -> int:
-        """How many numbers of the vector it fills."""
-        return math.prod(self.shape)
-
-    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
-        """Encode a batch ``[n, *shape]`` into ``out``."""
-        out[:] = np.asarray(raw).reshape(len(out), self.width)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiscretePart:
-    """One of n states, one-hot."""
-
-    path: Path
-    """Where it is found in an observation."""
-    n: int
-    """Number of states."""
-    start: int
-    """The number of the first state."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one: a scalar."""
-        return ()
-
-    @property
-    def width(self) -> int:
-        """How many numbers of the vector it fills."""
-        return self.n
-
-    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
-        """Encode a batch ``[n]`` of state numbers into ``out``."""
-        _write_one_hot(np.asarray(raw) - self.start, self.n, out)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MultiDiscretePart:
-    """Several numbers, each one of its own n, one-hot one after the other."""
-
-    path: Path
-    """Where it is found in an observation."""
-    nvec: tuple[int, ...]
-    """How many values each has, flattened."""
-    start: tuple[int, ...]
-    """The first value of each, flattened."""
-    shape: tuple[int, ...]
-    """Shape of one."""
-
-    @property
-    def width(self) -> int:
-        """How many numbers of the vector it fills."""
-        return sum(self.nvec)
-
-    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
-        """Encode a batch ``[n, *shape]`` into ``out``."""
-        numbers = np.asarray(raw).reshape(len(out), len(self.nvec)) - np.array(self.start)
-        at = 0
-        for column, n in zip(numbers.T, self.nvec, strict=True):
-            _write_one_hot(column, n, out[:, at : at + n])
-            at += n
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MultiBinaryPart:
-    """Bits, as 0 and 1."""
-
-    path: Path
-    """Where it is found in an observation."""
-    shape: tuple[int, ...]
-    """Shape of one."""
-
-    @property
-    def width(self) -> int:
-        """How many numbers of the vector it fills."""
-        return math.prod(self.shape)
-
-    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
-        """Encode a batch ``[n, *shape]`` into ``out``."""
-        out[:] = np.asarray(raw).reshape(len(out), self.width)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImagePart:
-    """An image of uint8, or a stack of frames, which become channels."""
-
-    path: Path
-    """Where it is found in an observation."""
-    shape: tuple[int, ...]
-    """Shape of one, as the world has it."""
-    layout: Layout
-    """What its axes are."""
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """(C, H, W) as networks see it."""
-        axes = dict(zip(self.layout, self.shape, strict=True))
-        return axes.get("f", 1) * axes.get("c", 1), axes["h"], axes["w"]
-
-    def encode(self, raw: NDArray[Any]) -> NDArray[np.uint8]:
-        """Return a batch ``[n, *shape]`` as [n, C, H, W], in memory of its own."""
-        raw = np.asarray(raw)
-        if self.layout.endswith("c"):
-            raw = np.moveaxis(raw, -1, -3)
-        return np.array(raw, dtype=np.uint8, order="C").reshape(len(raw), *self.size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MaskPart:
-    """Which actions are allowed, taken out of the vector."""
-
-    path: Path
-    """Where it is found in an observation."""
-    shape: tuple[int, ...]
-    """(A,)."""
-
-
-Number = BoxPart | DiscretePart | MultiDiscretePart | MultiBinaryPart
-Part = Number | ImagePart | MaskPart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +92,7 @@ class ObservationSpec:
         Raises:
             WorldError: a number lies outside its Discrete or MultiDiscrete space.
         """
-        return self._encode([_at(raw, part.path) for part in self.parts])
+        return self._encode([at(raw, part.path) for part in self.parts])
 
     def encode_each(self, raws: list[Any]) -> Observations:
         """Encode single observations, each as its environment gives it.
@@ -230,7 +101,7 @@ class ObservationSpec:
             ModelError: one is not of the shape that is expected.
             WorldError: as :meth:`encode`.
         """
-        return self._encode([np.stack([_single(raw, part) for raw in raws]) for part in self.parts])
+        return self._encode([np.stack([single(raw, part) for raw in raws]) for part in self.parts])
 
     def _encode(self, columns: list[Any]) -> Observations:
         vector = np.zeros((len(columns[0]), self.width), dtype=np.float32)
@@ -254,6 +125,10 @@ class DiscreteActions:
     """Number of actions A."""
     start: int
     """The world's number of action 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse a space without actions."""
+        fits(self.n >= 1, self)
 
     @property
     def width(self) -> int:
@@ -282,6 +157,10 @@ class MultiDiscreteActions:
     """Shape of one action in the world."""
     dtype: str
     """The world's number type, such as "int64"."""
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that do not agree."""
+        fits(len(self.nvec) == len(self.start) == math.prod(self.shape), self)
 
     @property
     def width(self) -> int:
@@ -339,6 +218,10 @@ class BoxActions:
     dtype: str
     """The world's number type, such as "float32"."""
 
+    def __post_init__(self) -> None:
+        """Refuse lengths that do not agree."""
+        fits(len(self.low) == len(self.high) == math.prod(self.shape), self)
+
     @property
     def width(self) -> int:
         """A, the number of coordinates; the actor gives a mean for each."""
@@ -382,9 +265,10 @@ def observation_spec(space: gymnasium.Space[Any], world: str) -> ObservationSpec
         WorldError: the space, or one inside it, is not supported.
     """
     parts = tuple(_parts(space, (), world))
-    if not parts or all(isinstance(part, MaskPart) for part in parts):
-        raise WorldError(f"{world}: its observations hold nothing to see; give the space at least one part")
-    return ObservationSpec(parts=parts)
+    spec = ObservationSpec(parts=parts)
+    if spec.width == 0 and not spec.images:
+        raise WorldError(f"{world}: its observations hold nothing to see; give the space at least one number")
+    return spec
 
 
 def _parts(space: gymnasium.Space[Any], path: Path, world: str) -> Iterator[Part]:
@@ -411,7 +295,7 @@ def _parts(space: gymnasium.Space[Any], path: Path, world: str) -> Iterator[Part
         case spaces.MultiBinary():
             yield MultiBinaryPart(path=path, shape=tuple(space.shape))
         case _:
-            inside = f" (at {_name(path)})" if path else ""
+            inside = f" (at {named(path)})" if path else ""
             raise WorldError(
                 f"{world}: observations of {_kind(space)}{inside} are not supported; wrap the environment so that they "
                 "are Box, Discrete, MultiDiscrete, MultiBinary, or Dict and Tuple of these"
@@ -472,37 +356,14 @@ def observation_spec_from_json(data: Mapping[str, Any]) -> ObservationSpec:
     try:
         if data["kind"] != "Observations":
             raise ModelError(f"the saved policy's observations are of an unknown kind {data['kind']!r}")
-        spec = ObservationSpec(parts=tuple(_part_from_json(part) for part in data["parts"]))
+        spec = ObservationSpec(parts=tuple(part_from_json(part) for part in data["parts"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"the saved policy's observation space is damaged: {error!r}") from error
-    if not spec.numbers and not spec.images:
+    if spec.width == 0 and not spec.images:
         raise ModelError("the saved policy's observation space is damaged: it holds nothing to see")
     return spec
-
-
-def _part_from_json(data: Mapping[str, Any]) -> Part:
-    path = tuple(step if isinstance(step, int) else str(step) for step in data["path"])
-    match data["kind"]:
-        case "BoxPart":
-            return BoxPart(path=path, shape=_sizes(data["shape"]))
-        case "DiscretePart":
-            return DiscretePart(path=path, n=int(data["n"]), start=int(data["start"]))
-        case "MultiDiscretePart":
-            nvec, start = _sizes(data["nvec"]), tuple(int(number) for number in data["start"])
-            return MultiDiscretePart(path=path, nvec=nvec, start=start, shape=_sizes(data["shape"]))
-        case "MultiBinaryPart":
-            return MultiBinaryPart(path=path, shape=_sizes(data["shape"]))
-        case "ImagePart":
-            layouts: dict[str, Layout] = {"hw": "hw", "chw": "chw", "hwc": "hwc", "fchw": "fchw", "fhwc": "fhwc"}
-            layout, shape = layouts[data["layout"]], _sizes(data["shape"])
-            if len(layout) != len(shape):
-                raise ValueError(f"an image of shape {shape} has no layout {layout!r}")
-            return ImagePart(path=path, shape=shape, layout=layout)
-        case "MaskPart":
-            return MaskPart(path=path, shape=_sizes(data["shape"]))
-    raise ModelError(f"the saved policy's observations hold a part of an unknown kind {data['kind']!r}")
 
 
 def action_spec_from_json(data: Mapping[str, Any]) -> ActionSpec:
@@ -517,52 +378,16 @@ def action_spec_from_json(data: Mapping[str, Any]) -> ActionSpec:
                 return DiscreteActions(n=int(data["n"]), start=int(data["start"]))
             case "MultiDiscreteActions":
                 start, dtype = tuple(int(number) for number in data["start"]), str(np.dtype(data["dtype"]))
-                nvec, shape = _sizes(data["nvec"]), _sizes(data["shape"])
+                nvec, shape = sizes(data["nvec"]), sizes(data["shape"])
                 return MultiDiscreteActions(nvec=nvec, start=start, shape=shape, dtype=dtype)
             case "MultiBinaryActions":
-                return MultiBinaryActions(shape=_sizes(data["shape"]), dtype=str(np.dtype(data["dtype"])))
+                return MultiBinaryActions(shape=sizes(data["shape"]), dtype=str(np.dtype(data["dtype"])))
             case "BoxActions":
                 low, high = (tuple(None if b is None else float(b) for b in data[side]) for side in ("low", "high"))
-                return BoxActions(low=low, high=high, shape=_sizes(data["shape"]), dtype=str(np.dtype(data["dtype"])))
+                return BoxActions(low=low, high=high, shape=sizes(data["shape"]), dtype=str(np.dtype(data["dtype"])))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"the saved policy's action space is damaged: {error!r}") from error
     raise ModelError(f"the saved policy's actions are of an unknown kind {data['kind']!r}")
-
-
-def _at(raw: Any, path: Path) -> Any:
-    for step in path:
-        raw = raw[step]
-    return raw
-
-
-def _single(raw: Any, part: Part) -> NDArray[Any]:
-    """Return one observation's part, checked."""
-    try:
-        own = np.asarray(_at(raw, part.path))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ModelError(f"{_name(part.path)} is missing or of no even shape; this policy sees it ({error})") from error
-    if own.shape != part.shape:
-        raise ModelError(f"{_name(part.path)} of shape {own.shape}; this policy sees {part.shape}")
-    return own
-
-
-def _name(path: Path) -> str:
-    return "an observation" + "".join(f"[{step!r}]" for step in path)
-
-
-def _write_one_hot(numbers: NDArray[Any], n: int, out: NDArray[np.float32]) -> None:
-    numbers = numbers.astype(np.int64)
-    if ((numbers < 0) | (numbers >= n)).any():
-        wrong = int(numbers[(numbers < 0) | (numbers >= n)][0])
-        raise WorldError(f"an observation outside its space: option {wrong} (counted from 0) of {n}")
-    out[np.arange(len(out)), numbers] = 1.0
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    sizes = tuple(int(value) for value in values)
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"sizes must be at least 1: {sizes}")
-    return sizes
 
 
 def _whole(values: NDArray[Any]) -> tuple[int, ...]:
