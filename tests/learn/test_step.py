@@ -17,7 +17,7 @@ from bridle.learn import ppo
 from bridle.learn.a2c import A2CObjective, A2CSettings
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.step import (
-    Derivatives,
+    Slopes,
     Minibatch,
     Objective,
     Seen,
@@ -58,11 +58,11 @@ class Plain:
     def __init__(self, loss: Callable[[Any, Minibatch], torch.Tensor]) -> None:
         self.loss = loss
 
-    def derivatives(self, seen: Seen, m: Minibatch) -> Derivatives:
+    def derivatives(self, seen: Seen, m: Minibatch) -> Slopes:
         answers = {name: getattr(seen, name).clone().requires_grad_() for name in ("logp", "value")}
         total = self.loss(SimpleNamespace(**answers), m).sum()
         logp, value = torch.autograd.grad(total, [answers["logp"], answers["value"]], allow_unused=True)
-        return Derivatives(logp=logp, value=value)
+        return Slopes(logp=logp, value=value)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

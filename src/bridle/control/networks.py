@@ -15,6 +15,7 @@ from bridle.control.heads import BernoulliHead, CategoricalHead, GaussianHead, M
 from bridle.control.images import NATURE_WIDTH, ImageEncoder
 from bridle.control.policy import ControlPolicy
 from bridle.control.recurrent import RecurrentActorCritic
+from bridle.control.small import SmallActorCritic, by_hand
 from bridle.control.spaces import (
     ActionSpec,
     BoxActions,
@@ -117,6 +118,13 @@ def build_policy(
         if observations.images:
             return _on_images(observations, settings, head, width, shared=shared)
         layers, kind = (observations.width, *settings.hidden), settings.activation
+        if not shared and settings.hidden and by_hand(head):
+            return SmallActorCritic(
+                actor=perceptron((*layers, width), kind, output_gain=0.01),
+                critic=perceptron((*layers, 1), kind, output_gain=1.0),
+                head=head,
+                activation=kind,
+            )
         trunk = perceptron(layers, kind, output_gain=None) if shared else None
         layers = layers[-1:] if shared else layers
         return ActorCritic(

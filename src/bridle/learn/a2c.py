@@ -18,7 +18,7 @@ from bridle.core.losses import policy_gradient_loss, policy_gradient_loss_grad, 
 from bridle.errors import ConfigError
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
-from bridle.learn.step import Averaging, Derivatives, Minibatch, Seen, accumulate, minibatches
+from bridle.learn.step import Averaging, Minibatch, Seen, Slopes, accumulate, minibatches
 
 __all__ = ["A2CObjective", "A2CSettings", "update"]
 
@@ -76,10 +76,10 @@ class A2CObjective:
         actor = policy_gradient_loss(e.logp, m.advantages) - s.entropy_coefficient * e.entropy
         return actor + s.value_coefficient * value_loss(e.value, m.returns)
 
-    def derivatives(self, seen: Seen, m: Minibatch) -> Derivatives:
+    def derivatives(self, seen: Seen, m: Minibatch) -> Slopes:
         """Return the loss's derivatives in closed form."""
         s = self.settings
-        return Derivatives(
+        return Slopes(
             logp=policy_gradient_loss_grad(seen.logp, m.advantages),
             entropy=torch.full_like(seen.entropy, -s.entropy_coefficient) if s.entropy_coefficient else None,
             value=s.value_coefficient * value_loss_grad(seen.value, m.returns),

@@ -28,9 +28,9 @@ from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
 from bridle.learn.step import (
     Averaging,
-    Derivatives,
     Minibatch,
     Seen,
+    Slopes,
     accumulate,
     add_loss,
     epoch_order,
@@ -188,7 +188,7 @@ class PPOObjective:
             total = total + self.kl_coefficient * self._kl(e.logp, e.exact_kl, m)
         return total
 
-    def derivatives(self, seen: Seen, m: Minibatch) -> Derivatives:
+    def derivatives(self, seen: Seen, m: Minibatch) -> Slopes:
         """Return the loss's derivatives in closed form."""
         s = self.settings
         if s.value_clip is None:
@@ -197,7 +197,7 @@ class PPOObjective:
             value = clipped_value_loss_grad(seen.value, m.old_value, m.returns, clip=s.value_clip)
         value = s.value_coefficient * value
         if self.critic_only:
-            return Derivatives(value=value)
+            return Slopes(value=value)
         logp = self._surrogate_grad(seen.logp, m)
         entropy = torch.full_like(seen.entropy, -s.entropy_coefficient) if s.entropy_coefficient else None
         exact = None
@@ -206,7 +206,7 @@ class PPOObjective:
         elif self._leashed:
             estimator = kl_k2_grad if s.kl_loss == "k2" else kl_k3_grad
             logp = logp + self.kl_coefficient * estimator(seen.logp, _reference(m))
-        return Derivatives(logp=logp, entropy=entropy, value=value, exact_kl=exact)
+        return Slopes(logp=logp, entropy=entropy, value=value, exact_kl=exact)
 
     def policy_loss(self, seen: Seen, m: Minibatch) -> Float[Tensor, " n"]:
         """Return the surrogate's loss."""

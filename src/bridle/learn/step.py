@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,16 +18,19 @@ from bridle.random import permutation
 
 __all__ = [
     "Averaging",
-    "Derivatives",
+    "HandDifferentiated",
     "Minibatch",
     "Objective",
+    "Pullback",
     "Seen",
+    "Slopes",
     "accumulate",
     "action_weights",
     "add_loss",
     "epoch_order",
     "micro_batches",
     "minibatches",
+    "plain_vjp",
 ]
 
 Averaging = Literal["action", "episode"]
@@ -118,7 +122,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Derivatives:
+class Slopes:
     """∂ loss / ∂ each of the policy's answers, per action; None where the loss does not hold the answer."""
 
     logp: Float[Tensor, " n"] | None = None
@@ -131,6 +135,19 @@ class Derivatives:
     """[n] units of loss per nat."""
 
 
+Pullback = Callable[[Slopes], None]
+"""Given ∂ loss / ∂ each answer, adds the gradient of Σ_i loss_i to that of the weights; to be called once at most."""
+
+
+@runtime_checkable
+class HandDifferentiated(Protocol):
+    """A policy that writes its own backward pass, rather than leave it to autograd."""
+
+    def vjp(self, units: Any) -> tuple[Evaluation, Pullback]:
+        """Evaluate the units' actions, and return the vector–Jacobian product that carries slopes to the weights."""
+        ...
+
+
 class Objective(Protocol):
     """A loss per action as a function of the policy's answers, with its closed-form derivatives.
 
@@ -141,7 +158,7 @@ class Objective(Protocol):
         """The loss of each action, before weights."""
         ...
 
-    def derivatives(self, seen: Seen, m: Minibatch) -> Derivatives:
+    def derivatives(self, seen: Seen, m: Minibatch) -> Slopes:
         """Its derivatives with respect to what the policy answered."""
         ...
 
@@ -279,26 +296,34 @@ def add_loss(loss: Tensor, rows: Int[Tensor, " M"]) -> float:
     return float(loss.detach())
 
 
-def _backward(policy: Policy, rows: Tensor, units: Units, part: Minibatch, objective: Objective) -> Seen:
+def plain_vjp(policy: Policy, units: Units) -> tuple[Evaluation, Pullback]:
+    """Evaluate by the policy's forward pass; pull back by autograd."""
     evaluation = policy(units)
+
+    def pull_back(slopes: Slopes) -> None:
+        wanted = [
+            (answer, slope.to(answer.dtype))
+            for name in ("logp", "entropy", "value", "exact_kl")
+            if (slope := getattr(slopes, name)) is not None and (answer := getattr(evaluation, name)).requires_grad
+        ]
+        if wanted:
+            torch.autograd.backward([answer for answer, _ in wanted], [slope for _, slope in wanted])
+
+    return evaluation, pull_back
+
+
+def _backward(policy: Policy, rows: Tensor, units: Units, part: Minibatch, objective: Objective) -> Seen:
+    evaluation, pull_back = policy.vjp(units) if isinstance(policy, HandDifferentiated) else plain_vjp(policy, units)
     seen = Seen.of(evaluation)
     slopes = objective.derivatives(seen, part)
-    answers: list[Tensor] = []
-    gradients: list[Tensor] = []
-    total: Tensor | float = 0.0
-    for name in ("logp", "entropy", "value", "exact_kl"):
-        slope = getattr(slopes, name)
-        if slope is None:
-            continue
-        total = total + slope.sum()
-        answer = getattr(evaluation, name)
-        if answer.requires_grad:
-            answers.append(answer)
-            gradients.append((slope * part.weights).to(answer.dtype))
-    if not bool(torch.isfinite(torch.as_tensor(total))):
+    weighted = {
+        name: slope * part.weights
+        for name in ("logp", "entropy", "value", "exact_kl")
+        if (slope := getattr(slopes, name)) is not None
+    }
+    if not math.isfinite(sum(float(slope.sum()) for slope in weighted.values())):
         raise NonFiniteStep("the loss", tuple(rows.tolist()))
-    if answers:
-        torch.autograd.backward(answers, gradients)
+    pull_back(Slopes(**weighted))
     return seen
 
 

@@ -1,0 +1,158 @@
+"""The fast path of small agents against the plain one, on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from bridle.batch import Evaluation
+from bridle.control.actor_critic import ActorCritic
+from bridle.control.networks import NetworkSettings, build_policy
+from bridle.control.observations import Observations
+from bridle.control.policy import Transitions
+from bridle.control.small import SmallActorCritic
+from bridle.control.spaces import action_spec, observation_spec
+from bridle.learn.optim import Group, Optimiser, OptimSettings
+from bridle.learn.step import HandDifferentiated, Slopes, plain_vjp
+
+SHAPES = [
+    (4, "discrete", 2, NetworkSettings()),
+    (9, "discrete", 5, NetworkSettings(hidden=(32,), activation="relu")),
+    (17, "box", 6, NetworkSettings(initial_log_std=-0.4)),
+    (3, "box", 1, NetworkSettings(hidden=(16, 48, 8))),
+    (700, "box", 2, NetworkSettings(hidden=(128, 128), activation="relu")),
+]
+
+
+def build(width: int, kind: str, size: int, settings: NetworkSettings) -> SmallActorCritic:
+    seen = observation_spec(spaces.Box(-1, 1, (width,)), "here")
+    acts = action_spec(spaces.Discrete(size) if kind == "discrete" else spaces.Box(-1, 1, (size,)), "here")
+    policy = build_policy(seen, acts, settings, seed=1)
+    assert isinstance(policy, SmallActorCritic)
+    with torch.no_grad():  # away from the small last layer, so that every term of the gradient counts
+        for parameter in policy.parameters():
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    return policy
+
+
+def units(width: int, kind: str, size: int, rows: int, seed: int = 0) -> Transitions:
+    noise = torch.Generator().manual_seed(seed)
+    vector = torch.randn(rows, width, generator=noise)
+    drawn = torch.randint(size, (rows,), generator=noise) if kind == "discrete" else None
+    actions = torch.randn(rows, size, generator=noise) if drawn is None else drawn
+    return Transitions(observations=Observations(vector=vector), actions=actions)
+
+
+def slopes(rows: int) -> Slopes:
+    noise = torch.Generator().manual_seed(5)
+    return Slopes(**{n: torch.randn(rows, generator=noise) / rows for n in ("logp", "entropy", "value")})
+
+
+def gradients(policy: ActorCritic, given: Transitions, how: Callable, along: Slopes) -> tuple[Evaluation, list]:
+    policy.zero_grad()
+    seen, pull_back = how(given)
+    pull_back(along)
+    return seen, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters()]
+
+
+@pytest.mark.parametrize(("width", "kind", "size", "settings"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 64, 513])
+def test_answers_and_gradients_are_those_of_the_plain_path(
+    width: int, kind: str, size: int, settings: NetworkSettings, rows: int
+) -> None:
+    policy, given = build(width, kind, size, settings), units(width, kind, size, rows)
+    assert isinstance(policy, HandDifferentiated)
+    along = slopes(rows)
+    for part in (along, Slopes(value=along.value), Slopes(logp=along.logp), Slopes(entropy=along.entropy)):
+        fast, found = gradients(policy, given, policy.vjp, part)
+        plain, expected = gradients(policy, given, lambda u: plain_vjp(policy, u), part)
+        for name in ("logp", "entropy", "value"):
+            torch.testing.assert_close(getattr(fast, name), getattr(plain, name).detach(), rtol=1e-5, atol=2e-6)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("width", "kind", "size", "settings"), SHAPES)
+def test_it_acts_and_values_as_the_plain_path(width: int, kind: str, size: int, settings: NetworkSettings) -> None:
+    policy = build(width, kind, size, settings)
+    seen = units(width, kind, size, 33).observations
+    with torch.no_grad():
+        for draws in (None, 7):
+            mine = policy.act(seen, None, None if draws is None else np.random.default_rng(draws))
+            theirs = ActorCritic.act(policy, seen, None, None if draws is None else np.random.default_rng(draws))
+            torch.testing.assert_close(mine.actions, theirs.actions, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(mine.logp, theirs.logp, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            policy.values(seen, None), ActorCritic.values(policy, seen, None), rtol=1e-5, atol=2e-6
+        )
+
+
+def test_what_it_drew_it_finds_as_likely_again() -> None:
+    """The sampler's log-probabilities and the trainer's first forward come from different buffers and row counts."""
+    policy = build(*SHAPES[0])
+    seen = units(*SHAPES[0][:3], 2048).observations
+    with torch.no_grad():
+        acted = [policy.act(seen.select(slice(i, i + 64)), None, np.random.default_rng(i)) for i in range(0, 2048, 64)]
+    given = Transitions(observations=seen, actions=torch.cat([a.actions for a in acted]))
+    evaluation, _ = policy.vjp(given)
+    torch.testing.assert_close(evaluation.logp, torch.cat([a.logp for a in acted]), rtol=0, atol=2e-6)
+
+
+def test_two_passes_before_their_gradients_do_not_mix() -> None:
+    policy = build(*SHAPES[2])
+    one, other = units(17, "box", 6, 40, seed=1), units(17, "box", 6, 40, seed=2)
+    along = slopes(40)
+    expected = [a + b for a, b in zip(*(gradients(policy, u, policy.vjp, along)[1] for u in (one, other)), strict=True)]
+    policy.zero_grad()
+    pulls = [policy.vjp(u)[1] for u in (one, other)]
+    for pull_back in pulls:
+        pull_back(along)
+    for mine, theirs in zip([p.grad for p in policy.parameters()], expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_it_follows_its_weights_into_a_flat_buffer_and_through_a_step() -> None:
+    policy, given = build(*SHAPES[0]), units(*SHAPES[0][:3], 50)
+    before = policy.vjp(given)[0].logp.clone()
+    group = Group(name="policy", parameters=dict(policy.named_parameters()), settings=OptimSettings(lr=0.05))
+    optimiser = Optimiser([group], total_steps=1, flat=True)
+    torch.testing.assert_close(policy.vjp(given)[0].logp, before)
+    seen, pull_back = policy.vjp(given)
+    pull_back(slopes(50))
+    optimiser.step()
+    after = policy.vjp(given)[0].logp
+    assert float((after - before).abs().max()) > 1e-3
+    torch.testing.assert_close(after, policy(given).logp.detach(), rtol=1e-5, atol=2e-6)
+    assert torch.equal(seen.logp, before)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    """A probability that underflows to 0 has no entropy and no slope, rather than NaN."""
+    policy, given = build(*SHAPES[0]), units(*SHAPES[0][:3], 8)
+    with torch.no_grad():
+        policy.actor[-1].bias.copy_(torch.tensor([200.0, -200.0]))
+    _, found = gradients(policy, given, policy.vjp, slopes(8))
+    assert all(bool(g.isfinite().all()) for g in found)
+
+
+@pytest.mark.parametrize(
+    "settings", [NetworkSettings(squash=True), NetworkSettings(std="state"), NetworkSettings(hidden=())]
+)
+def test_what_it_cannot_do_is_left_to_the_plain_path(settings: NetworkSettings) -> None:
+    seen, acts = observation_spec(spaces.Box(-1, 1, (3,)), "here"), action_spec(spaces.Box(-1, 1, (2,)), "here")
+    assert not isinstance(build_policy(seen, acts, settings, seed=0), SmallActorCritic)
+
+
+def test_masked_actions_take_the_plain_path() -> None:
+    policy, given = build(*SHAPES[1]), units(*SHAPES[1][:3], 6)
+    mask = torch.ones(6, 5, dtype=torch.bool)
+    mask[:, 0] = False
+    masked = Transitions(observations=given.observations.with_mask(mask), actions=given.actions.clamp(min=1))
+    seen, _ = policy.vjp(masked)
+    torch.testing.assert_close(seen.logp, policy(masked).logp)
