@@ -219,7 +219,9 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
                 session.run.timing(step, seconds=elapsed, steps_per_second=rollout.steps / elapsed)
                 shown = {"KL": metrics["old_kl"], "explained_variance": metrics["explained_variance"]}
             speed = round(rollout.steps / elapsed)
-            bar.advance(rollout.steps, **{"return": learner.progress.recent_return, **shown, "steps/s": speed})
+            if learner.progress.recent:
+                shown = {"return": learner.progress.recent_return, **shown}
+            bar.advance(rollout.steps, **shown, **{"steps/s": speed})
             session.end_step(step, last=step if last else step + 1, save=lambda folder: learner.save(folder, session))
             fresh = bool(scores) and judge is collector.world
 

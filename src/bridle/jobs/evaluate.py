@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,6 +53,15 @@ class EvaluateConfig:
     """Texts that end an answer."""
     episodes: int = 100
     """Episodes to play, if the target is a run of bridle train."""
+    checkpoint: str | None = None
+    """Which policy of a run of bridle train: best, latest, or the step of a checkpoint; None: the finished one, if it has
+    finished, else the latest."""
+    actions: Literal["both", "deterministic", "sampled"] = "both"
+    """How an agent acts: with the likeliest actions, with drawn ones, or first one and then the other."""
+    video: Path | None = None
+    """Film an agent: a file ending in .mp4, or a folder to make, with one film an episode."""
+    video_episodes: int = 1
+    """Episodes to film."""
     seed: int | None = None
     """Key of the draws; for a run its own, else 0."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
@@ -68,9 +76,15 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
+        if self.video_episodes < 1:
+            raise ConfigError.of("video_episodes", self.video_episodes, "a whole number >= 1")
         for name, least in (("count", 2), ("episodes", 5)):
             if getattr(self, name) < least:
-                raise ConfigError.of(name, getattr(self, name), f"at least {least}, or the mean has no interval")
+                raise ConfigError.of(
+                    name,
+                    getattr(self, name),
+                    f"at least {least}, or the mean has no interval",
+                )
         if self.output is not None and self.output.exists():
             raise ConfigError.of("output", str(self.output), "a file that does not exist yet")
         if self.output is not None and not self.output.absolute().parent.is_dir():
@@ -85,7 +99,9 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> Path:
     if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
         found = Run.open(folder)
         if found.job == "control":
-            return _control(config, found)
+            from bridle.jobs.play import judge_run
+
+            return _finish(config, judge_run(config, found))
         if found.job == "ppo":
             from bridle.jobs.ppo import PPOConfig
 
@@ -219,40 +235,6 @@ def _print_language(before: Assessment, after: Assessment, *, same: bool) -> Non
         console.print(f"\nprompt: {a.prompt.text}", markup=False, highlight=False)
         console.print(f"  reference ({a.score:+.2f}): {a.text}", markup=False, highlight=False)
         console.print(f"  target    ({b.score:+.2f}): {b.text}", markup=False, highlight=False)
-
-
-def _control(config: EvaluateConfig, found: Run) -> Path:
-    from contextlib import closing
-
-    from bridle.control import build_policy, evaluate, load_policy, make_world
-    from bridle.jobs.control import ControlConfig
-
-    trained = from_dict(ControlConfig, found.config)
-    if not (found.path / "policy").is_dir():
-        raise RunError(
-            f"{found.path} is not finished, so it has no policy yet; go on with it: bridle resume {found.path}"
-        )
-    own = None if trained.network.factory is None else partial(build_policy, settings=trained.network, seed=0)
-    agent = load_policy(found.path / "policy", build=own)
-    policy = agent.policy.to(resolve_device(config.device))
-    rows: dict[str, Json] = {}
-    table = Table("", "mean return", "deviation", "episodes", box=None, pad_edge=False)
-    with closing(make_world(trained.env, trained.world)) as world:
-        for name, deterministic in (("deterministic", True), ("sampled", False)):
-            score = evaluate(
-                world,
-                policy,
-                agent.moments,
-                episodes=config.episodes,
-                deterministic=deterministic,
-                max_steps=trained.evaluation.max_steps,
-                seed=trained.run.seed if config.seed is None else config.seed,
-            )
-            rows[name] = {**score.metrics("evaluation"), "returns": list(score.returns)}
-            shown = f"{score.mean:.4g} ± {score.half_width:.2g}"
-            table.add_row(name, shown, f"{score.deviation:.4g}", str(config.episodes))
-    Console().print(table)
-    return _finish(config, {"target": str(found.path), "env": trained.env, **rows})
 
 
 def _finish(config: EvaluateConfig, results: dict[str, Json]) -> Path:
