@@ -2,8 +2,7 @@
 
     python bench/control_compare.py sweep        4 settings of each method in each world, 2 seeds of their own, shorter
     python bench/control_compare.py run          the best of each, 5 seeds
-    python bench/control_compare.py table        both as tables
-    python bench/control_compare.py picture      docs/learn/figures/comparison.png
+    python bench/control_compare.py page         the tables into docs/learn/comparison.md, and its picture
 
 A run that ``bench/results/control_compare.json`` holds is not run again, so an interrupted one is taken up by the same command;
 ``--methods``, ``--envs`` and ``--seconds`` (stop after so many) take a part of it.
@@ -44,6 +43,7 @@ from bridle.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "control_compare.json"
+PAGE = ROOT / "docs" / "learn" / "comparison.md"
 PICTURE = ROOT / "docs" / "learn" / "figures" / "comparison.png"
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -256,28 +256,57 @@ def work(given: argparse.Namespace) -> None:
                     print(f"{env} {method} {choice} seed {seed}: {line}, {result['cpu_seconds']} s", flush=True)
 
 
-HEAD = """
-| {env} | final, deterministic | worst seed | final, sampled | largest fall: median, worst | KL per update: median, 95 %, max | CPU s (updates) |
-| --- | --- | --- | --- | --- | --- | --- |"""  # noqa: E501
+COLUMNS = (
+    "method",
+    "final return, most likely actions: mean ± deviation over seeds",
+    "worst seed",
+    "final return, drawn actions",
+    "largest fall: median, worst",
+    "KL of an update: median, 95 %, largest",
+    "updates, CPU s",
+)
 
 
-def table(given: argparse.Namespace) -> None:
+def tables(results: list[dict[str, Any]]) -> str:
+    """What was found in each environment, and what the sweep had said before."""
+    blocks = []
+    for env, (steps, _) in ENVS.items():
+        rows = {method: own_of(results, env, method, 1.0) for method in METHODS}
+        if any(rows.values()):
+            lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+            lines += [row_of(METHODS[method], own) for method, own in rows.items() if own]
+            seeds = sorted({r["seed"] for own in rows.values() for r in own})
+            blocks += [f"### {env}, {steps:,} steps, {len(seeds)} seeds", "\n".join(f"| {line} |" for line in lines)]
+            chosen = [f"{METHODS[method]} {named(own[0]['choice'])}" for method, own in rows.items() if own]
+            blocks += [f"Chosen: {'; '.join(chosen)}."]
+    blocks += ["### The sweep: return of the last 100 episodes, mean of two other seeds"]
+    for env, (steps, _) in ENVS.items():
+        lines = [sweep_line(results, env, method) for method in METHODS]
+        if all(lines):
+            blocks += [f"{env}, {int(steps * SWEEP_SHARE):,} steps:", "\n".join(lines)]
+    return "\n\n".join(blocks)
+
+
+def named(choice: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in choice.items())
+
+
+def sweep_line(results: list[dict[str, Any]], env: str, method: str) -> str:
+    cells = []
+    for choice in SWEEP[method]:
+        own = own_of(results, env, method, SWEEP_SHARE, choice)
+        if own:
+            cells.append(f"{named(choice)}: {statistics.mean(r['last_100'] for r in own):.0f}")
+    return f"- {METHODS[method]}: {'; '.join(cells)}" if cells else ""
+
+
+def page(_: argparse.Namespace) -> None:
+    """Put the tables between the page's marks, and draw the picture."""
     results = load()
-    for env in given.envs:
-        print(f"\n{env}: the sweep, mean of the last 100 episodes after {int(ENVS[env][0] * SWEEP_SHARE)} steps\n")
-        for method in given.methods:
-            cells = []
-            for choice in SWEEP[method]:
-                own = own_of(results, env, method, SWEEP_SHARE, choice)
-                if own:
-                    named = ", ".join(f"{name} {value:g}" for name, value in choice.items())
-                    cells.append(f"{named}: {statistics.mean(r['last_100'] for r in own):.0f}")
-            print(f"- {METHODS[method]}: {'; '.join(cells)}")
-        print(HEAD.format(env=env))
-        for method in given.methods:
-            own = own_of(results, env, method, 1.0)
-            if own:
-                print(row_of(METHODS[method], own))
+    before, _, rest = PAGE.read_text().partition("<!-- tables -->")
+    _, _, after = rest.partition("<!-- /tables -->")
+    PAGE.write_text(f"{before}<!-- tables -->\n\n{tables(results)}\n\n<!-- /tables -->{after}")
+    draw([r for r in results if r["share"] == 1.0])
 
 
 def row_of(name: str, own: list[dict[str, Any]]) -> str:
@@ -286,28 +315,29 @@ def row_of(name: str, own: list[dict[str, Any]]) -> str:
     spread = statistics.stdev(final) if len(final) > 1 else float("nan")
     kl = [statistics.median(r[k] for r in own) for k in ("kl_median", "kl_p95")] + [max(r["kl_max"] for r in own)]
     falls = [r["largest_fall"] for r in own]
-    cpu, updates = (statistics.mean(r[k] for r in own) for k in ("cpu_seconds", "update_cpu_seconds"))
+    updates = statistics.mean(r["update_cpu_seconds"] for r in own)
     cells = [
         name,
-        f"{statistics.mean(final):.1f} ± {spread:.1f} ({len(own)})",
+        f"{statistics.mean(final):.1f} ± {spread:.1f}",
         f"{min(final):.1f}",
         f"{statistics.mean(sampled):.1f}",
         f"{statistics.median(falls):.2f}, {max(falls):.2f}",
         ", ".join(f"{value:.2g}" for value in kl),
-        f"{cpu:.1f} ({updates:.1f})",
+        f"{updates:.1f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return " | ".join(cells)
 
 
-def picture(given: argparse.Namespace) -> None:
+def draw(results: list[dict[str, Any]]) -> None:
     """Returns above, KL of each update below; one line for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results = [r for r in load() if r["share"] == 1.0]
-    envs = [env for env in given.envs if any(r["env"] == env for r in results)]
+    envs = [env for env in ENVS if any(r["env"] == env for r in results)]
+    if not envs:
+        return
     colours = dict(zip(METHODS, ("#7f7f7f", "#d95f02", "#1b6ca8", "#2a9d5c"), strict=True))
     figure, axes = pyplot.subplots(2, len(envs), figsize=(4.2 * len(envs), 6.2), squeeze=False, layout="constrained")
     for column, env in enumerate(envs):
@@ -331,12 +361,12 @@ def picture(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "run", "table", "picture"))
+    parser.add_argument("what", choices=("sweep", "run", "page"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--envs", nargs="+", choices=list(ENVS), default=list(ENVS))
     parser.add_argument("--seconds", type=float, default=float("inf"))
     given = parser.parse_args()
-    {"sweep": work, "run": work, "table": table, "picture": picture}[given.what](given)
+    {"sweep": work, "run": work, "page": page}[given.what](given)
 
 
 if __name__ == "__main__":
