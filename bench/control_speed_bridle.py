@@ -43,6 +43,7 @@ def config_of(load: Workload, folder: Path, rollouts: int, *, sync: bool) -> Con
         ),
         optim=OptimSettings(lr=load.lr, schedule="linear", eps=1e-5, max_grad_norm=load.max_grad_norm),
         scale_rewards=False,
+        clip_rewards=1.0 if load.network == "nature" else None,
         evaluation=EvaluationSettings(every=0, final_episodes=5, max_steps=1),
         run=RunSettings(dir=folder, seed=load.seed, threads=load.threads, quiet=True),
     )
@@ -61,7 +62,7 @@ def main() -> None:
             reached = row["episodes"] >= 100 and row["return_of_last_100"] >= (load.until or float("inf"))
             if reached and answer["reached_seconds"] is None:
                 answer |= {"reached_seconds": ends[row["step"]] - clock, "reached_steps": row["actions"]}
-        answer["return_of_last_100"] = rows[-1]["return_of_last_100"]
+        answer["return_of_last_100"] = rows[-1]["return_of_last_100"] if rows[-1]["episodes"] else None
         answer["form"] = "sync" if sync else "auto"
     tell(answer)
 
