@@ -278,13 +278,23 @@ def tables(results: list[dict[str, Any]]) -> str:
             seeds = sorted({r["seed"] for own in rows.values() for r in own})
             blocks += [f"### {env}, {steps:,} steps, {len(seeds)} seeds", "\n".join(f"| {line} |" for line in lines)]
             chosen = [f"{METHODS[method]} {named(own[0]['choice'])}" for method, own in rows.items() if own]
-            blocks += [f"Chosen: {'; '.join(chosen)}."]
+            blocks += [f"Chosen: {'; '.join(chosen)}.{searches(rows['trpo'])}"]
     blocks += ["### The sweep: return of the last 100 episodes, mean of two other seeds"]
     for env, (steps, _) in ENVS.items():
         lines = [sweep_line(results, env, method) for method in METHODS]
         if all(lines):
             blocks += [f"{env}, {int(steps * SWEEP_SHARE):,} steps:", "\n".join(lines)]
     return "\n\n".join(blocks)
+
+
+def searches(own: list[dict[str, Any]]) -> str:
+    """How TRPO's line searches ended."""
+    if not own:
+        return ""
+    whole, refused, updates = (
+        sum(r["trust_region"][name] for r in own) for name in ("taken_whole", "refused", "updates")
+    )
+    return f" TRPO took {whole / updates:.0%} of its steps whole and refused {refused / updates:.1%}."
 
 
 def named(choice: dict[str, float]) -> str:
