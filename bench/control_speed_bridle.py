@@ -56,13 +56,14 @@ def main() -> None:
             run(config_of(load, Path(place) / "warmup", load.warmup, sync=sync))
         watch, clock = Watch(load.until), time.time()
         opened = Run.open(run(config_of(load, Path(place) / "run", load.rollouts, sync=sync)))
-        answer = watch.answer(load.rollouts * load.rollout, IMPORTS, "bridle")
+        answer = watch.answer(0, IMPORTS, "bridle")
         rows, ends = opened.metrics(), {row["step"]: row["time"] for row in opened.timings()}
         for row in rows:
             reached = row["episodes"] >= 100 and row["return_of_last_100"] >= (load.until or float("inf"))
             if reached and answer["reached_seconds"] is None:
                 answer |= {"reached_seconds": ends[row["step"]] - clock, "reached_steps": row["actions"]}
         answer["return_of_last_100"] = rows[-1]["return_of_last_100"] if rows[-1]["episodes"] else None
+        answer["steps"] = rows[-1]["actions"]
         answer["form"] = "sync" if sync else "auto"
     tell(answer)
 
