@@ -12,13 +12,21 @@ import torch
 from torch import nn
 
 from bridle.control.actor_critic import ActorCritic
+from bridle.control.collect import Collector
+from bridle.control.evaluate import evaluate
 from bridle.control.heads import CategoricalHead
+from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.policy import ControlPolicy
 from bridle.control.saved import Agent, load_policy, save_policy
+from bridle.control.scaling import normalise, observed
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
 from bridle.core.moments import Moments
-from bridle.errors import ConfigError, ModelError
+from bridle.errors import ConfigError, ModelError, WorldError
+from bridle.random import generator
+from tests.control import worlds
+
+worlds.register()
 
 
 def saved(folder: Path, env: str, settings: NetworkSettings, *, moments: bool = True) -> Agent:
@@ -28,7 +36,7 @@ def saved(folder: Path, env: str, settings: NetworkSettings, *, moments: bool = 
     policy = build_policy(observations, actions, settings, seed=1)
     seen = (
         Moments.empty((observations.width,)).updated(torch.linspace(-3, 2, 7 * observations.width).view(7, -1))
-        if moments
+        if moments and observations.width
         else None
     )
     agent = Agent(policy=policy, observations=observations, actions=actions, moments=seen)
@@ -151,3 +159,110 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     refused("missing")
     (folder / "policy.json").unlink()
     refused("missing")
+
+
+KINDS: dict[str, tuple[str, NetworkSettings]] = {
+    "everything": ("BridleTest/DictCounter-v0", NetworkSettings(hidden=(8,))),
+    "image": ("BridleTest/ImageCounter-v0", NetworkSettings()),
+    "choices": ("BridleTest/MatchDigits-v0", NetworkSettings(hidden=(8,))),
+    "switches": ("BridleTest/MatchBits-v0", NetworkSettings(hidden=(8,))),
+    "squashed": ("BridleTest/Target-v0", NetworkSettings(hidden=(8,), squash=True, std="state", initial_log_std=1.0)),
+    "memory": ("BridleTest/DictCounter-v0", NetworkSettings(hidden=(8,), recurrent="lstm", recurrent_width=5)),
+    "masked": ("BridleTest/MaskedMultiKey-v0", NetworkSettings(hidden=(8,))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_policy_acts_on_raw_observations_when_loaded(tmp_path: Path, kind: str) -> None:
+    env, settings = KINDS[kind]
+    agent = saved(tmp_path / "policy", env, settings)
+    made = gymnasium.make(env)
+    again = load_policy(tmp_path / "policy", observation_space=made.observation_space, action_space=made.action_space)
+    old, new = (a.session(draws=np.random.default_rng(3)) for a in (agent, again))
+    state, _ = made.reset(seed=0)
+    for _ in range(8):
+        action = new.act(state)
+        assert np.array_equal(old.act(state), action)
+        assert made.action_space.contains(action)
+        state, _, terminated, truncated, _ = made.step(action)
+        if terminated or truncated:
+            state, _ = made.reset()
+            old.reset()
+            new.reset()
+
+
+def test_a_session_remembers_its_episode_and_acts_as_the_collector_does(tmp_path: Path) -> None:
+    env, settings = KINDS["memory"]
+    agent = saved(tmp_path / "policy", env, settings, moments=False)
+    with torch.no_grad():
+        for parameter in agent.policy.actor.parameters():  # type: ignore[union-attr]
+            parameter.mul_(1000)
+    with pytest.raises(ModelError, match=r"agent.session\(\)"):
+        agent.act(gymnasium.make(env).reset(seed=0)[0])
+    world = make_world(env, WorldSettings(num_envs=1))
+    score = evaluate(world, agent.policy, None, episodes=5, deterministic=True, seed=0)
+    made, session = gymnasium.make(env), agent.session()
+    start = int(generator(0, "evaluation-environments", 0).integers(2**31 - 1))
+    state, _ = made.reset(seed=start)
+    total, returns, chosen = 0.0, [], []
+    while len(returns) < 5:
+        action = session.act(state)
+        chosen.append(action)
+        state, reward, terminated, truncated, _ = made.step(action)
+        total += float(reward)
+        if terminated or truncated:
+            returns.append(total)
+            total = 0.0
+            state, _ = made.reset()
+            session.reset()
+    assert tuple(returns) == score.returns
+    # the same observations again, without a reset between the episodes, are another story
+    first = made.reset(seed=start)[0]
+    session.reset()
+    fresh = session._state
+    session.act(first)
+    assert fresh is not None
+    assert not torch.equal(session._state, fresh)  # type: ignore[arg-type]
+    session.reset()
+    assert torch.equal(session._state, fresh)  # type: ignore[arg-type]
+    world.close()
+
+
+def test_an_agent_obeys_the_mask_it_is_given(tmp_path: Path) -> None:
+    agent = saved(tmp_path / "policy", "BridleTest/Masked-v0", NetworkSettings(hidden=(4,)), moments=False)
+    seen = np.zeros(2, np.float32)
+    for allowed in range(5):
+        mask = np.arange(5) == allowed
+        for draws in (None, np.random.default_rng(0)):
+            assert agent.act(seen, mask=mask, draws=draws) == 7 + allowed
+    with pytest.raises(WorldError, match="allows nothing"):
+        agent.act(seen, mask=np.zeros(5))
+    with pytest.raises(WorldError, match="need"):
+        agent.act(seen, mask=np.ones(4))
+
+
+def test_normalisation_leaves_bits_and_one_hots_as_they_are(tmp_path: Path) -> None:
+    world = make_world("BridleTest/DictCounter-v0", WorldSettings(num_envs=3))
+    policy = build_policy(world.observations, world.actions, NetworkSettings(hidden=(8,)), seed=0)
+    collector = Collector(world, 20)
+    collector.restart(seed=0, step=0)
+    measured = world.observations.measured
+    moments = Moments.empty((world.observations.width,))
+    for step in range(2):
+        rollout = collector.collect(policy, moments, seed=0, step=step)
+        moments = observed(moments, rollout.observations, rollout.mask, measured)
+    raw = rollout.observations
+    seen = normalise(raw, moments)
+    assert torch.equal(seen.vector[..., ~measured], raw.vector[..., ~measured])
+    assert all(torch.equal(a, b) for a, b in zip(seen.images, raw.images, strict=True))
+    numbers = seen.vector[..., measured]
+    assert float(numbers.abs().max()) < 4
+    assert int(measured.sum()) == 2
+    settings = NetworkSettings(hidden=(8,))
+    agent = Agent(policy=policy, observations=world.observations, actions=world.actions, moments=moments)
+    (tmp_path / "policy").mkdir()
+    save_policy(tmp_path / "policy", agent, settings, env="w")
+    again = load_policy(tmp_path / "policy")
+    assert again.moments is not None
+    assert torch.equal(normalise(raw, again.moments).vector, seen.vector)
+    world.close()
