@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,8 @@ NAMES = [
     "Units",
     "UserError",
     "__version__",
+    "load_policy",
+    "train",
 ]
 
 SIGNATURES = {
@@ -65,6 +68,18 @@ SIGNATURES = {
         "log_prob_gap": "a, b, mask=None",
         "ratio_extremes": "ratio, mask=None",
     },
+    "control": {
+        "load_policy": "path, *, build=None, observation_space=None, action_space=None",
+        "make_world": "env, settings",
+        "evaluate": "world, policy, moments, *, episodes, deterministic, seed, step=0, max_steps=20000",
+        "Agent.act": "self, observation, *, mask=None, draws=None",
+        "Agent.session": "self, *, draws=None",
+    },
+    "jobs.control": {
+        "run": "config, *, resume=False, world=None",
+        "train": "env, *, preset='auto', resume=False, **settings",
+        "default_config": "env, *, preset='auto', world=None",
+    },
     "runs": {
         "Run.create": "path, job, config, *, resolved=None",
         "Run.open": "path, *, write=False",
@@ -107,6 +122,35 @@ def test_every_loss_has_its_gradient() -> None:
         losses = {name for name in names if name.endswith(("_loss", "_ratio", "_k1", "_k2", "_k3", "exact_kl"))}
         assert losses
         assert {f"{name}_grad" for name in losses} <= names
+
+
+def test_a_few_lines_train_an_agent_and_another_process_lets_it_act(tmp_path: Path) -> None:
+    program = """
+import bridle, gymnasium
+agent = bridle.train(
+    "CartPole-v1", total_steps=256, ppo={"epochs": 1}, evaluation={"final_episodes": 5},
+    run={"dir": "first", "quiet": True, "threads": 1},
+)
+env = gymnasium.make("CartPole-v1")
+print(agent.act(env.reset(seed=1)[0]))
+"""
+    again = """
+import sys, bridle, gymnasium
+agent = bridle.load_policy("first/policy")
+env = gymnasium.make("CartPole-v1")
+observation, done, total = env.reset(seed=1)[0], False, 0.0
+print(agent.act(observation))
+while not done:
+    observation, reward, terminated, truncated, _ = env.step(agent.act(observation))
+    total, done = total + reward, terminated or truncated
+assert total >= 8, total
+assert "transformers" not in sys.modules
+"""
+    said = [
+        subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        for lines in (program, again)
+    ]
+    assert said[0] == said[1]
 
 
 def test_the_version_is_the_installed_one() -> None:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bridle.batch import Batch, Evaluation, Policy, Trajectories, Units
+    from bridle.control.saved import load_policy
     from bridle.errors import BridleError, TrainingError, UserError
+    from bridle.jobs.control import train
     from bridle.runs import Run
 
 __version__ = "0.1.0"
@@ -27,11 +29,15 @@ __all__ = [
     "Units",
     "UserError",
     "__version__",
+    "load_policy",
+    "train",
 ]
 
 _HOMES = {
     "bridle.batch": ("Batch", "Evaluation", "Policy", "Trajectories", "Units"),
+    "bridle.control.saved": ("load_policy",),
     "bridle.errors": ("BridleError", "TrainingError", "UserError"),
+    "bridle.jobs.control": ("train",),
     "bridle.runs": ("Run",),
 }
 

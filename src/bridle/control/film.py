@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -59,12 +60,12 @@ def film(
     )  # no window is opened; where there is no screen SDL would complain
     folder = path.suffix == ""
     one = replace(settings, num_envs=1, vectorization="sync", autoreset="disabled")
-    envs, _ = make_vector(env, one, render_mode="rgb_array")
+    with closing(make_vector(env, one)[0]) as silent:
+        modes = silent.metadata.get("render_modes", [])
+    if "rgb_array" not in modes:
+        raise WorldError(f"{env} cannot be filmed: it draws no pictures (its render_modes are {modes})")
     returns: list[float] = []
-    try:
-        modes = envs.metadata.get("render_modes", [])
-        if "rgb_array" not in modes:
-            raise WorldError(f"{env} cannot be filmed: it draws no pictures (its render_modes are {modes})")
+    with closing(make_vector(env, one, render_mode="rgb_array")[0]) as envs:
         if folder:
             path.mkdir()
         films = [(path / f"episode-{n}.mp4", 1) for n in range(episodes)] if folder else [(path, episodes)]
@@ -82,8 +83,6 @@ def film(
                     max_steps=max_steps,
                 )
             returns += score.returns
-    finally:
-        envs.close()
     return tuple(returns)
 
 
@@ -134,7 +133,7 @@ class Film:
         if kind is None:
             self._aside.rename(self._path)
         else:
-            self._aside.unlink()
+            self._aside.unlink(missing_ok=True)
 
 
 class Filmed(VectorWrapper):

@@ -91,7 +91,7 @@ class Learner:
         self.config = config
         self.policy = policy
         self.world = world
-        self.optimiser = Optimiser([_group(config, policy)], total_steps=config.total_steps, flat=True)
+        self.optimiser = Optimiser([_group(config, policy)], total_steps=config.total_steps)
         self.moments = Moments.empty((world.observations.width,)) if config.normalise_observations else None
         self.scale = RewardScale.fresh(world.num_envs) if config.scale_rewards else None
         self.progress = Progress()
@@ -114,7 +114,7 @@ class Learner:
         return a2c.update(self.policy, batch, self.optimiser, self.config.a2c)
 
     def _ppo(self, batch: Batch, anew: Callable[[], Batch] | None, *, seed: int, step: int) -> Iterator[UpdateStep]:
-        settings = self._ppo_settings()
+        settings = self.ppo_settings()
         if anew is None:
             yield from ppo.update(self.policy, batch, self.optimiser, settings, seed=seed, step=step)
             return
@@ -125,7 +125,7 @@ class Learner:
                 if not taken.applied:
                     return
 
-    def _ppo_settings(self) -> PPOSettings:
+    def ppo_settings(self) -> PPOSettings:
         """Return the settings of this update: ε as far fallen as the run is done."""
         settings = self.config.ppo
         if self.config.clip_schedule == "constant" or settings.clip is None:
