@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "bridle"
-CODE = [path for top in ("src", "recipes", "bench", "scripts") for path in sorted((ROOT / top).rglob("*.py"))]
+CODE = [path for top in ("src", "recipes", "bench", "scripts", "docs") for path in sorted((ROOT / top).rglob("*.py"))]
 
 LEAVES = {"errors", "random"}
 WORLDLESS = LEAVES | {"core", "batch", "learn"}
