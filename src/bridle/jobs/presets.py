@@ -39,7 +39,6 @@ KINDS: dict[str, Settings] = {
             "epochs": 4,
             "minibatches": 4,
             "clip": 0.1,
-            "value_clip": None,
             "entropy_coefficient": 0.01,
             "whiten": "minibatch",
         },
