@@ -10,16 +10,20 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import SyncVectorEnv
 
 from bridle.cli.main import main
 from bridle.control import Observations, load_policy
+from bridle.control.collect import Collector
 from bridle.control.evaluate import EvaluationSettings
-from bridle.control.making import WorldSettings
-from bridle.control.networks import NetworkSettings
+from bridle.control.making import WorldSettings, make_world
+from bridle.control.networks import NetworkSettings, build_policy
 from bridle.errors import ConfigError, SamplerMismatch, WorldError
 from bridle.jobs.config import from_dict, to_dict
-from bridle.jobs.control import ControlConfig, run
-from bridle.jobs.session import RunSettings
+from bridle.jobs.control import ControlConfig, default_config, kind_of, run, train
+from bridle.jobs.learner import Learner, Progress
+from bridle.jobs.presets import KINDS, PRESETS, merged
+from bridle.jobs.session import RunSettings, open_session
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
@@ -80,7 +84,14 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, 
     forget_after(cut, 4)
     run(small(cut, **changes), resume=True)
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    for name in ("policy/policy.safetensors", "policy/policy.json", "checkpoints/step-8/statistics.safetensors"):
+    assert (whole / "best" / "best.json").is_file()
+    for name in (
+        "policy/policy.safetensors",
+        "policy/policy.json",
+        "best/policy.safetensors",
+        "best/best.json",
+        "checkpoints/step-8/statistics.safetensors",
+    ):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -243,6 +254,11 @@ def with_dropout(observations: Any, actions: Any) -> Any:
         ({"run": {"dtype": "bfloat16"}}, "run.dtype='bfloat16'"),
         ({"ppo": PPOSettings(minibatches=1, kl_loss="k2")}, "ppo.kl_loss='k2'"),
         ({"restart_every": -1}, "restart_every=-1"),
+        ({"clip_rewards": 0.0}, "clip_rewards=0.0"),
+        ({"recompute_advantages": True, "algorithm": "a2c"}, "recompute_advantages=True"),
+        ({"clip_schedule": "linear", "algorithm": "trpo"}, "clip_schedule='linear'"),
+        ({"clip_schedule": "linear", "ppo": PPOSettings(clip=None)}, "clip_schedule='linear'"),
+        ({"algorithm": "trpo", "network": NetworkSettings(recurrent="gru")}, "network.recurrent='gru'"),
         ({"algorithm": "trpo", "n_steps": 1}, "trpo.critic_minibatches=4"),
         ({"algorithm": "trpo", "network": NetworkSettings(shared_trunk=True)}, "network.shared_trunk=True"),
     ],
@@ -261,6 +277,140 @@ def test_a_world_that_raises_leaves_no_empty_run(tmp_path: Path) -> None:
 def test_the_config_survives_json(tmp_path: Path) -> None:
     config = small(tmp_path / "run", network=NetworkSettings(hidden=(3, 4)))
     assert from_dict(ControlConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_the_best_policy_is_the_last_with_the_highest_evaluation(tmp_path: Path) -> None:
+    path = run(
+        small(tmp_path / "run", total_steps=256, evaluation=EvaluationSettings(every=1, episodes=5, final_episodes=5))
+    )
+    found = [
+        (row.get("evaluation/deterministic/return_mean", row.get("final/deterministic/return_mean")), row["step"])
+        for row in metrics(path)
+    ]
+    best = json.loads((path / "best" / "best.json").read_text())
+    assert (best["return_mean"], best["step"]) == max(found)
+    assert load_policy(path / "best").policy is not None
+
+
+def test_a_resume_puts_the_best_policy_of_its_checkpoint_back(tmp_path: Path) -> None:
+    whole = run(small(tmp_path / "run", evaluation=EvaluationSettings(every=2, episodes=5, final_episodes=5)))
+    then = (whole / "checkpoints" / "step-4" / "best" / "best.json").read_text()
+    assert json.loads(then)["step"] <= 4
+    forget_after(whole, 4)
+    (whole / "best" / "best.json").write_text('{"of": "a future that is forgotten"}')
+    config = from_dict(ControlConfig, Run.open(whole).config)
+    learner = learner_of(config)
+    with open_session("control", config, config.run, resume=True) as session:
+        learner.restore(session)
+        assert (whole / "best" / "best.json").read_text() == then
+
+
+def learner_of(config: ControlConfig) -> Learner:
+    world = make_world(config.env, config.world)
+    world.close()
+    return Learner(config, build_policy(world.observations, world.actions, config.network, seed=0), world)
+
+
+def test_the_clip_falls_with_the_actions_taken(tmp_path: Path) -> None:
+    ppo = PPOSettings(minibatches=2, clip=0.2, clip_high=0.3)
+    learner = learner_of(small(tmp_path, clip_schedule="linear", ppo=ppo))
+    seen = []
+    for actions in (0, 128, 384):
+        learner.progress = Progress(actions=actions)
+        settings = learner.ppo_settings()
+        seen.append((settings.clip, settings.clip_high))
+    assert np.allclose(seen, [(0.2, 0.3), (0.15, 0.225), (0.05, 0.075)])
+
+
+def test_what_is_learned_from_is_clipped_and_what_is_recorded_is_not(tmp_path: Path) -> None:
+    changes = {"env": "BridleTest/Counter-v0", "total_steps": 64, "clip_rewards": 1.0}
+    path = run(small(tmp_path / "run", **changes))
+    assert max(row["episode_return_mean"] for row in metrics(path)) > 10
+    learner = learner_of(small(tmp_path, **changes))
+    collector = Collector(make_world("BridleTest/Counter-v0", WorldSettings(num_envs=4)), 8)
+    collector.restart(seed=0, step=1)
+    learnt = learner.learnt_rewards(collector.collect(learner.policy, None, seed=0, step=1))
+    assert learnt is not None
+    assert learnt.abs().max() == 1
+
+
+def test_recomputed_advantages_change_what_follows_the_first_epoch(tmp_path: Path) -> None:
+    found = {}
+    for epochs in (1, 2):
+        for again in (False, True):
+            ppo = PPOSettings(epochs=epochs, minibatches=2)
+            path = run(small(tmp_path / f"{epochs}{again}", total_steps=64, recompute_advantages=again, ppo=ppo))
+            found[epochs, again] = (path / "policy" / "policy.safetensors").read_bytes()
+    assert found[1, True] == found[1, False]
+    assert found[2, True] != found[2, False]
+
+
+def test_the_target_kl_ends_an_update_also_where_advantages_are_recomputed(tmp_path: Path) -> None:
+    ppo = PPOSettings(epochs=6, minibatches=2, target_kl=1e-4)
+    for again in (False, True):
+        changes = {"optim": OptimSettings(lr=0.05), "total_steps": 64, "recompute_advantages": again, "ppo": ppo}
+        row = metrics(run(small(tmp_path / str(again), **changes)))[0]
+        assert row["stopped_by_target_kl"] == 1
+        assert row["optimiser_steps"] < 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_every_preset_is_a_config(kind: str, name: str | None) -> None:
+    changes = merged(KINDS[kind], {} if name is None else PRESETS[name])
+    config = from_dict(ControlConfig, merged(to_dict(ControlConfig()), changes))
+    actions = config.n_steps * config.world.num_envs
+    assert actions % config.ppo.minibatches == 0
+    assert actions // config.ppo.minibatches >= 16
+
+
+def test_what_an_environment_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_config("CartPole-v1").advantage.gamma == 0.98
+    assert default_config("CartPole-v1").run.dir == Path("runs/CartPole-v1")
+    (tmp_path / "runs" / "CartPole-v1").mkdir(parents=True)
+    assert default_config("CartPole-v1").run.dir == Path("runs/CartPole-v1-2")
+    assert default_config("CartPole-v1", preset="none").advantage == AdvantageSettings()
+    assert default_config("BridleTest/Target-v0").preset == "box"
+    assert default_config("BridleTest/Target-v0").normalise_observations
+    assert default_config("BridleTest/Endless-v0").preset == "vector"
+    assert default_config("BridleTest/Endless-v0", preset="Hopper-v5").ppo.minibatches == 16
+    assert kind_of("ALE/Pong-v5", WorldSettings()) == "atari"
+    with pytest.raises(ConfigError, match="did you mean Hopper-v5"):
+        default_config("BridleTest/Endless-v0", preset="Hoper-v5")
+
+
+def test_flags_win_over_the_preset_and_the_run_keeps_both(tmp_path: Path) -> None:
+    few = ["--total-steps", "64", "--evaluation.final-episodes", "5", "--run.quiet", "--run.threads", "1"]
+    flags = ["--advantage.lam", "0.7", "--ppo.epochs", "1"]
+    assert main(["train", "CartPole-v1", *few, *flags, "--run.dir", str(tmp_path / "run")]) == 0
+    kept = Run.open(tmp_path / "run").config
+    assert kept["preset"] == "CartPole-v1"
+    assert kept["advantage"]["gamma"] == 0.98  # type: ignore[index,call-overload]
+    assert kept["advantage"]["lam"] == 0.7  # type: ignore[index,call-overload]
+    assert main(["train", "CartPole-v1", *few, *flags, "--preset", "none", "--run.dir", str(tmp_path / "plain")]) == 0
+    plain = Run.open(tmp_path / "plain").config
+    assert plain["preset"] == "none"
+    assert plain["advantage"]["gamma"] == 0.99  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_vector_environment_of_the_users_own_is_trained_on(tmp_path: Path, made: bool) -> None:
+    def make() -> SyncVectorEnv:
+        return SyncVectorEnv([worlds.Counter] * 3)
+
+    agent = train(
+        make if made else make(),
+        total_steps=96,
+        n_steps=8,
+        ppo={"minibatches": 2, "epochs": 1},
+        evaluation={"every": 2, "episodes": 5, "final_episodes": 5},
+        run={"dir": tmp_path / "run", "quiet": True, "threads": 1},
+    )
+    assert agent.act(np.array([3.0, 1.0])) in (0, 1)
+    kept = Run.open(tmp_path / "run").config
+    assert (kept["env"], kept["preset"]) == ("SyncVectorEnv", "none")
+    assert kept["world"]["num_envs"] == 3  # type: ignore[index,call-overload]
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
