@@ -9,7 +9,6 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from bridle.batch import Evaluation
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.observations import Observations
@@ -17,7 +16,7 @@ from bridle.control.policy import Transitions
 from bridle.control.small import SmallActorCritic
 from bridle.control.spaces import action_spec, observation_spec
 from bridle.learn.optim import Group, Optimiser, OptimSettings
-from bridle.learn.step import HandDifferentiated, Slopes, plain_vjp
+from bridle.learn.step import HandDifferentiated, Seen, Slopes, plain_vjp
 
 SHAPES = [
     (4, "discrete", 2, NetworkSettings()),
@@ -54,7 +53,7 @@ def slopes(rows: int) -> Slopes:
     return Slopes(**{n: torch.randn(rows, generator=noise) / rows for n in ("logp", "entropy", "value")})
 
 
-def gradients(policy: ActorCritic, given: Transitions, how: Callable, along: Slopes) -> tuple[Evaluation, list]:
+def gradients(policy: ActorCritic, given: Transitions, how: Callable, along: Slopes) -> tuple[Seen, list]:
     policy.zero_grad()
     seen, pull_back = how(given)
     pull_back(along)

@@ -17,10 +17,10 @@ from bridle.learn import ppo
 from bridle.learn.a2c import A2CObjective, A2CSettings
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.step import (
-    Slopes,
     Minibatch,
     Objective,
     Seen,
+    Slopes,
     accumulate,
     action_weights,
     epoch_order,
@@ -42,8 +42,8 @@ def learn_from(
     table: Table, batch: Batch, units: list[int], objective: Plain, budget: int | None, **kinds: Any
 ) -> Seen:
     """One minibatch of the units named."""
-    ((rows, own, part),) = parts_of(chosen(batch, units), 1, **kinds)
-    return accumulate(table, rows, own, part, objective, micro_budget=budget)
+    ((_, own, part),) = parts_of(chosen(batch, units), 1, **kinds)
+    return accumulate(table, own, part, objective, micro_budget=budget)
 
 
 def chosen(batch: Batch, units: list[int]) -> Batch:

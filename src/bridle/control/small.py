@@ -17,12 +17,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bridle.batch import Evaluation
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
 from bridle.control.policy import Acted, Transitions
-from bridle.learn.step import Pullback, Slopes, plain_vjp
+from bridle.learn.step import HandDifferentiated, Pullback, Seen, Slopes, plain_vjp
 
 __all__ = ["SmallActorCritic", "by_hand"]
 
@@ -36,7 +35,7 @@ _SINGLE_THREADED = 2**18
 which keeps to its thread count."""
 
 
-class SmallActorCritic(ActorCritic):
+class SmallActorCritic(ActorCritic, HandDifferentiated):
     """An actor and a critic, perceptrons of their own over a vector, for discrete or Gaussian actions.
 
     What it cannot do by hand (another device, action masks, a second derivative) it does as :class:`ActorCritic` does.
@@ -59,7 +58,7 @@ class SmallActorCritic(ActorCritic):
         self._free: list[_Pass] = []
         self._lone: dict[int, list[_Block]] = {}
 
-    def vjp(self, units: Transitions) -> tuple[Evaluation, Pullback]:
+    def vjp(self, units: Transitions) -> tuple[Seen, Pullback]:
         """Evaluate the actions taken, without a graph; the second half adds to the weights' gradients.
 
         See :func:`bridle.learn.step.accumulate`.
@@ -79,25 +78,21 @@ class SmallActorCritic(ActorCritic):
 
         def pull_back(slopes: Slopes) -> None:
             along = [None if slope is None else slope.numpy() for slope in (slopes.logp, slopes.entropy, slopes.value)]
+            weights = self._present()
             outputs[:] = 0
             if isinstance(found, _Softmax):
                 found.gradient(outputs[:-1], chosen, along[0], along[1])
             else:
-                spread = found.gradient(outputs[:-1], along[0], along[1])
-                _add(cast(Tensor, self.head.log_std), torch.from_numpy(spread))
+                spread = cast(Tensor, self.head.log_std)
+                spread.grad = spread.new_zeros(spread.shape) if spread.grad is None else spread.grad
+                spread.grad += torch.from_numpy(found.gradient(outputs[:-1], along[0], along[1]))
             if along[2] is not None:
                 outputs[-1] = along[2]
-            weights = self._present()
-            for parameter, gradient in zip(
-                weights.parameters, work.backward(weights, inputs, outputs, self._activation), strict=True
-            ):
-                _add(parameter, gradient)
+            work.backward(weights, inputs, outputs, self._activation, weights.gradients())
             self._free.append(work)
             del self._free[:-4]
 
-        seen = Evaluation(
-            logp=torch.from_numpy(logp), entropy=torch.from_numpy(entropy), value=torch.from_numpy(values)
-        )
+        seen = Seen(logp=torch.from_numpy(logp), entropy=torch.from_numpy(entropy), value=torch.from_numpy(values))
         return seen, pull_back
 
     def act(self, observations: Observations, state: Tensor | None, draws: np.random.Generator | None) -> Acted:
@@ -268,6 +263,8 @@ class _Weights:
     ) -> None:
         self.parameters = [tensor for net in (actor, critic) for layer in net for tensor in layer]
         self._places = [tensor.data_ptr() for tensor in self.parameters]
+        self._known: list[Tensor] = []
+        self._gradients: list[Array] = []
         self.actor, self.critic = (
             [(_Block(weight.detach().T), bias.detach().numpy()) for weight, bias in net] for net in (actor, critic)
         )
@@ -287,6 +284,17 @@ class _Weights:
     def current(self) -> bool:
         """Whether the weights still lie where they lay."""
         return [tensor.data_ptr() for tensor in self.parameters] == self._places
+
+    def gradients(self) -> list[Array]:
+        """Return the parameters' gradients as arrays to add to; zero where there were none."""
+        present = [parameter.grad for parameter in self.parameters]
+        if not self._gradients or any(one is not other for one, other in zip(present, self._known, strict=True)):
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._known = [cast(Tensor, parameter.grad) for parameter in self.parameters]
+            self._gradients = [gradient.numpy() for gradient in self._known]
+        return self._gradients
 
     def join(self) -> None:
         """Bring the two nets' present weights together."""
@@ -327,7 +335,6 @@ class _Pass:
         ]
         self.slopes_halves = [_halves(slope.tensor) for slope in self.slopes]
         self.slopes_across = [tuple(half.T for half in halves) for halves in self.slopes_halves]
-        self.first_slope_across = self.slopes[0].T
         self.outputs = _Block(torch.empty(len(weights.last.array), rows))
 
     def forward(self, weights: _Weights, vector: _Block, activation: Activation) -> Array:
@@ -346,14 +353,21 @@ class _Pass:
         self.outputs.array += weights.last_bias
         return self.outputs.array
 
-    def backward(self, weights: _Weights, vector: _Block, outputs: Array, activation: Activation) -> list[Tensor]:
-        """Return the gradients of all weights and biases, the actor's and then the critic's; once."""
+    def backward(
+        self, weights: _Weights, vector: _Block, outputs: Array, activation: Activation, gradients: list[Array]
+    ) -> None:
+        """Add to the gradients of all weights and biases, the actor's and then the critic's; once."""
         above = _Block(torch.from_numpy(outputs))
-        last, last_bias = _new_product(above, self.hidden[-1]), above.tensor.sum(1)
-        width = last.shape[1] // 2
-        actor, critic = [last[:-1, :width], last_bias[:-1]], [last[-1:, width:], last_bias[-1:]]
+        half = len(gradients) // 2
+        actor, critic = gradients[:half], gradients[half:]
+        width = self.hidden[-1].array.shape[1] // 2
+        actor[-2] += outputs[:-1] @ self.hidden[-1].array[:, :width]
+        critic[-2] += outputs[-1:] @ self.hidden[-1].array[:, width:]
+        sums = outputs.sum(axis=1)
+        actor[-1] += sums[:-1]
+        critic[-1] += sums[-1:]
         for depth in reversed(range(len(self.hidden))):
-            slope = self.slopes[depth]
+            slope, place = self.slopes[depth], 2 * depth
             if depth == len(self.hidden) - 1:
                 _product(above.T, weights.last, slope)
             else:
@@ -361,17 +375,19 @@ class _Pass:
                 for one, weight, out in zip(from_above, weights.inner[depth], self.slopes_halves[depth], strict=True):
                     torch.mm(one.tensor, weight.tensor, out=out.tensor)
             _through(slope.array, self.hidden[depth].array, activation)
+            sums = torch.sum(slope.tensor, 0).numpy()
+            width = len(sums) // 2
+            actor[place + 1] += sums[:width]
+            critic[place + 1] += sums[width:]
             if depth == 0:
-                both = _new_product(self.first_slope_across, vector)
-                gradients = both[: len(both) // 2], both[len(both) // 2 :]
+                both = vector.array.T @ slope.array
+                actor[place] += both[:, :width].T
+                critic[place] += both[:, width:].T
             else:
                 one, other = self.slopes_across[depth]
                 under, beside = self.hidden_halves[depth - 1]
-                gradients = torch.mm(one.tensor, under.tensor), torch.mm(other.tensor, beside.tensor)
-            bias = slope.tensor.sum(0)
-            actor[:0] = [gradients[0], bias[: len(bias) // 2]]
-            critic[:0] = [gradients[1], bias[len(bias) // 2 :]]
-        return [*actor, *critic]
+                actor[place] += torch.mm(one.tensor, under.tensor).numpy()
+                critic[place] += torch.mm(other.tensor, beside.tensor).numpy()
 
 
 def _linears(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -390,12 +406,6 @@ def _product(a: _Block, b: _Block, out: _Block) -> None:
         np.matmul(a.array, b.array, out=out.array)
     else:
         torch.mm(a.tensor, b.tensor, out=out.tensor)
-
-
-def _new_product(a: _Block, b: _Block) -> Tensor:
-    out = _Block(torch.empty(a.array.shape[0], b.array.shape[1]))
-    _product(a, b, out)
-    return out.tensor
 
 
 def _activate(x: _Block, activation: Activation) -> None:
@@ -417,10 +427,3 @@ def _through(slope: Array, h: Array, activation: Activation) -> None:
         np.multiply(h, h, out=h)
         np.subtract(np.float32(1), h, out=h)
     np.multiply(slope, h, out=slope)
-
-
-def _add(parameter: Tensor, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient.clone()
-    else:
-        parameter.grad.add_(gradient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "check_bool", "check_dim", "check_range", "check_same_shape"]
+__all__ = ["at_least_float32", "check_bool", "check_dim", "check_range", "check_same_shape", "in_dtype"]
 
 
 def check_same_shape(reference: str, expected: Tensor, **others: Tensor | None) -> None:
@@ -41,3 +41,8 @@ def check_range(name: str, value: float, low: float, high: float, *, closed: boo
 def at_least_float32(*tensors: Tensor) -> torch.dtype:
     """Return the dtype to compute in: float32, or float64 where one of the tensors is float64."""
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in ``dtype``, without a call into PyTorch where it is so already: small losses are all calls."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bridle.core._checks import at_least_float32, check_bool, check_dim, check_range, check_same_shape
+from bridle.core._checks import at_least_float32, check_bool, check_dim, check_range, check_same_shape, in_dtype
 
 __all__ = [
     "clipped_surrogate_loss",
@@ -187,8 +187,14 @@ def clipped_surrogate_loss_grad(
 ) -> Float[Tensor, " N"]:
     """Return ∂L/∂logp of :func:`clipped_surrogate_loss`, [N]: −r A where the ratio is not held, else 0."""
     log_ratio, adv = _surrogate_inputs(logp.detach(), old_logp, advantages)
-    active, held = _hold_ratio(log_ratio, adv, clip, clip_high, dual_clip)
-    return (-held * adv).masked_fill_(~active, 0.0)
+    high = _upper_clip(clip, clip_high, dual_clip)
+    ratio = log_ratio.exp()
+    surrogate = ratio * adv
+    # min() takes the unclipped term, whose slope this is; where an infinite ratio meets A = 0 NaN compares false
+    active = surrogate <= ratio.clamp(1.0 - clip, 1.0 + high) * adv
+    if dual_clip is not None:
+        active &= (adv >= 0.0) | (ratio <= dual_clip)
+    return torch.where(active, -surrogate, 0.0)
 
 
 def value_loss(values: Float[Tensor, " N"], returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -362,18 +368,24 @@ def _log_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
 def _surrogate_inputs(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     check_same_shape("logp", logp, old_logp=old_logp, advantages=advantages)
     dtype = at_least_float32(logp, old_logp, advantages)
-    return logp.to(dtype) - old_logp.detach().to(dtype), advantages.detach().to(dtype)
+    return in_dtype(logp, dtype) - in_dtype(old_logp.detach(), dtype), in_dtype(advantages.detach(), dtype)
+
+
+def _upper_clip(clip: float, clip_high: float | None, dual_clip: float | None) -> float:
+    """Return ε_high, once all three are in their ranges."""
+    high = clip if clip_high is None else clip_high
+    check_range("clip", clip, 0.0, 1.0, closed=False)
+    check_range("clip_high", high, 0.0, math.inf, closed=False)
+    if dual_clip is not None:
+        check_range("dual_clip", dual_clip, 1.0, math.inf, closed=False)
+    return high
 
 
 def _hold_ratio(
     log_ratio: Tensor, adv: Tensor, clip: float, clip_high: float | None, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return where the ratio itself counts, and the ratio held to the one side that the advantage's sign allows."""
-    high = clip if clip_high is None else clip_high
-    check_range("clip", clip, 0.0, 1.0, closed=False)
-    check_range("clip_high", high, 0.0, math.inf, closed=False)
-    if dual_clip is not None:
-        check_range("dual_clip", dual_clip, 1.0, math.inf, closed=False)
+    high = _upper_clip(clip, clip_high, dual_clip)
     ratio = log_ratio.exp()
     above = ratio.clamp(1.0 - clip, dual_clip)
     below = ratio.clamp(max=1.0 + high)
@@ -384,7 +396,7 @@ def _hold_ratio(
 def _value_error(values: Tensor, returns: Tensor) -> Tensor:
     check_same_shape("values", values, returns=returns)
     dtype = at_least_float32(values, returns)
-    return values.to(dtype) - returns.detach().to(dtype)
+    return in_dtype(values, dtype) - in_dtype(returns.detach(), dtype)
 
 
 def _clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ class Learner:
         self.config = config
         self.policy = policy
         self.world = world
-        self.optimiser = Optimiser([_group(config, policy)], total_steps=config.total_steps)
+        self.optimiser = Optimiser([_group(config, policy)], total_steps=config.total_steps, flat=True)
         self.moments = Moments.empty((world.observations.width,)) if config.normalise_observations else None
         self.scale = RewardScale.fresh(world.num_envs) if config.scale_rewards else None
         self.progress = Progress()

@@ -58,7 +58,7 @@ def update(policy: Policy, batch: Batch, optimiser: Optimiser, settings: A2CSett
     objective = A2CObjective(settings=settings)
     for rows, units, part in minibatches(batch, 1, order=None, whiten_here=settings.whiten, per=settings.per):
         optimiser.zero_grad()
-        seen = accumulate(policy, rows, units, part, objective, micro_budget=settings.micro_batch_tokens)
+        seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
         norms = optimiser.step(rows)
         yield UpdateStep(epoch=0, minibatch=0, objective=objective, part=part, seen=seen, grad_norms=norms)
 

@@ -148,7 +148,7 @@ class _Flat:
         self._decaying = sum(p.numel() for p in self._parameters.values() if p.ndim >= 2)
         self._values, self._gradient, self._m, self._v, self._scratch = (first.new_zeros(count) for _ in range(5))
         self._steps = 0
-        self._gradients: dict[str, Tensor] = {}
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         self._places: dict[str, slice] = {}
         at = 0
         for name, parameter in self._parameters.items():
@@ -156,19 +156,21 @@ class _Flat:
             view = self._values[self._places[name]].view_as(parameter)
             view.copy_(parameter.detach())
             parameter.data = view
-            self._gradients[name] = parameter.grad = self._gradient[self._places[name]].view_as(parameter)
+            parameter.grad = self._gradient[self._places[name]].view_as(parameter)
+            self._pairs.append((parameter, parameter.grad))
             at += parameter.numel()
 
     def zero_grad(self) -> None:
         self._gradient.zero_()
-        for name, parameter in self._parameters.items():
-            parameter.grad = self._gradients[name]
+        for parameter, gradient in self._pairs:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
 
     def gradient_norm(self) -> Tensor:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not self._gradients[name]:  # somebody put a tensor of their own there
-                self._gradients[name].copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-                parameter.grad = self._gradients[name]
+        for parameter, gradient in self._pairs:
+            if parameter.grad is not gradient:  # somebody put a tensor of their own there
+                gradient.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                parameter.grad = gradient
         norm: Tensor = torch.linalg.vector_norm(self._gradient)
         return norm
 

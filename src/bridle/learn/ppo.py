@@ -138,14 +138,14 @@ def update(
         batch = replace(batch, advantages=whiten(batch.advantages))
     objective = PPOObjective(settings=settings, kl_coefficient=kl_coefficient, critic_only=critic_only)
     taken = 0
+    optimiser.zero_grad()
     for epoch in range(settings.epochs) if epochs is None else epochs:
         order = epoch_order(len(batch.units), seed=seed, step=step, epoch=epoch)
         parts = minibatches(
             batch, settings.minibatches, order=order, whiten_here=settings.whiten == "minibatch", per=settings.per
         )
         for number, (rows, units, part) in enumerate(parts):
-            optimiser.zero_grad()
-            seen = accumulate(policy, rows, units, part, objective, micro_budget=settings.micro_batch_tokens)
+            seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
             record = UpdateStep(epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen)
             if settings.target_kl is not None and not critic_only and record.old_kl > settings.target_kl:
                 optimiser.zero_grad()

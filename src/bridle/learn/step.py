@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -93,7 +93,7 @@ class Seen:
     """[n] nats."""
     value: Float[Tensor, " n"]
     """[n] V(s_t), in units of return."""
-    exact_kl: Float[Tensor, " n"] | None
+    exact_kl: Float[Tensor, " n"] | None = None
     """[n] KL to the reference over all actions, nats; None without a reference."""
 
     @classmethod
@@ -139,13 +139,15 @@ Pullback = Callable[[Slopes], None]
 """Given ∂ loss / ∂ each answer, adds the gradient of Σ_i loss_i to that of the weights; to be called once at most."""
 
 
-@runtime_checkable
-class HandDifferentiated(Protocol):
+class HandDifferentiated(ABC):
     """A policy that writes its own backward pass, rather than leave it to autograd."""
 
-    def vjp(self, units: Any) -> tuple[Evaluation, Pullback]:
-        """Evaluate the units' actions, and return the vector–Jacobian product that carries slopes to the weights."""
-        ...
+    @abstractmethod
+    def vjp(self, units: Any) -> tuple[Seen, Pullback]:
+        """Evaluate the units' actions, and return the vector–Jacobian product that carries slopes to the weights.
+
+        The answers carry no graph and share no memory with anything that changes.
+        """
 
 
 class Objective(Protocol):
@@ -196,24 +198,25 @@ def minibatches(
     units = batch.units if order is None else batch.units.select(order)
     actions = batch.actions_of(index)
     place = slice(None) if order is None else actions.to(batch.old_logp.device)
-    old_logp, old_value = batch.old_logp[place], batch.old_value[place]
-    advantages, returns, episode = batch.advantages[place], batch.returns[place], batch.episode[place]
-    ref_logp = None if batch.ref_logp is None else batch.ref_logp[place]
-    sizes = units.sizes
-    ends = [0, *sizes.cumsum(0)[[number * (part + 1) // count - 1 for part in range(count)]].tolist()]
-    for part in range(count):
-        own, stretch = slice(number * part // count, number * (part + 1) // count), slice(ends[part], ends[part + 1])
+    cuts = [number * (part + 1) // count for part in range(count)]
+    ends = units.sizes.cumsum(0)[[cut - 1 for cut in cuts]].tolist()
+    lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    columns = (batch.old_logp, batch.old_value, batch.advantages, batch.returns, batch.episode)
+    cut_up = [torch.split(column, lengths) for column in (actions, *(column[place] for column in columns))]
+    references = [None] * count if batch.ref_logp is None else torch.split(batch.ref_logp[place], lengths)
+    for part, (start, stop) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
+        taken, old_logp, old_value, advantages, returns, episode = (column[part] for column in cut_up)
         yield (
-            index[own],
-            units if count == 1 else units.select(own),
+            index[start:stop],
+            units if count == 1 else units.select(slice(start, stop)),
             Minibatch(
-                actions=actions[stretch],
-                old_logp=old_logp[stretch],
-                old_value=old_value[stretch],
-                advantages=whiten(advantages[stretch]) if whiten_here else advantages[stretch],
-                returns=returns[stretch],
-                weights=action_weights(episode[stretch], per),
-                ref_logp=None if ref_logp is None else ref_logp[stretch],
+                actions=taken,
+                old_logp=old_logp,
+                old_value=old_value,
+                advantages=whiten(advantages) if whiten_here else advantages,
+                returns=returns,
+                weights=action_weights(episode, per),
+                ref_logp=references[part],
             ),
         )
 
@@ -250,34 +253,26 @@ def action_weights(episode: Int[Tensor, " n"], per: Averaging) -> Float[Tensor, 
 
 
 def accumulate(
-    policy: Policy,
-    rows: Int[Tensor, " M"],
-    units: Units,
-    minibatch: Minibatch,
-    objective: Objective,
-    *,
-    micro_budget: int | None,
+    policy: Policy, units: Units, minibatch: Minibatch, objective: Objective, *, micro_budget: int | None
 ) -> Seen:
     """Add to the parameters' gradients that of Σ_i w_i loss_i over a minibatch; return what was seen on the way.
 
     The gradient enters the policy by its answers: ∂ loss / ∂ (logp, entropy, value, KL) in closed form, and from there
-    by the policy's own backward pass. It does not depend on the cut into micro-batches beyond rounding.
-
-    Raises:
-        NonFiniteStep: a derivative of the loss is not finite; it names the units ``rows``.
+    by the policy's own backward pass. It does not depend on the cut into micro-batches beyond rounding. A loss that is not
+    finite shows in the gradient, and the optimiser refuses it.
     """
     if micro_budget is None:
-        return _backward(policy, rows, units, minibatch, objective)
+        return _backward(policy, units, minibatch, objective)
     groups = micro_batches(units.lengths, micro_budget)
     if len(groups) == 1:
-        return _backward(policy, rows, units, minibatch, objective)
+        return _backward(policy, units, minibatch, objective)
     sizes = units.sizes
     starts = sizes.cumsum(0) - sizes
     places = [torch.cat([torch.arange(int(sizes[u])) + starts[u] for u in group.tolist()]) for group in groups]
     device = minibatch.weights.device
     seen = Seen.cat(
         [
-            _backward(policy, rows, units.select(group), minibatch.select(place.to(device)), objective)
+            _backward(policy, units.select(group), minibatch.select(place.to(device)), objective)
             for group, place in zip(groups, places, strict=True)
         ]
     )
@@ -296,7 +291,7 @@ def add_loss(loss: Tensor, rows: Int[Tensor, " M"]) -> float:
     return float(loss.detach())
 
 
-def plain_vjp(policy: Policy, units: Units) -> tuple[Evaluation, Pullback]:
+def plain_vjp(policy: Policy, units: Units) -> tuple[Seen, Pullback]:
     """Evaluate by the policy's forward pass; pull back by autograd."""
     evaluation = policy(units)
 
@@ -309,21 +304,20 @@ def plain_vjp(policy: Policy, units: Units) -> tuple[Evaluation, Pullback]:
         if wanted:
             torch.autograd.backward([answer for answer, _ in wanted], [slope for _, slope in wanted])
 
-    return evaluation, pull_back
+    return Seen.of(evaluation), pull_back
 
 
-def _backward(policy: Policy, rows: Tensor, units: Units, part: Minibatch, objective: Objective) -> Seen:
-    evaluation, pull_back = policy.vjp(units) if isinstance(policy, HandDifferentiated) else plain_vjp(policy, units)
-    seen = Seen.of(evaluation)
+def _backward(policy: Policy, units: Units, part: Minibatch, objective: Objective) -> Seen:
+    seen, pull_back = policy.vjp(units) if isinstance(policy, HandDifferentiated) else plain_vjp(policy, units)
     slopes = objective.derivatives(seen, part)
-    weighted = {
-        name: slope * part.weights
-        for name in ("logp", "entropy", "value", "exact_kl")
-        if (slope := getattr(slopes, name)) is not None
-    }
-    if not math.isfinite(sum(float(slope.sum()) for slope in weighted.values())):
-        raise NonFiniteStep("the loss", tuple(rows.tolist()))
-    pull_back(Slopes(**weighted))
+    pull_back(
+        Slopes(
+            logp=None if slopes.logp is None else slopes.logp * part.weights,
+            entropy=None if slopes.entropy is None else slopes.entropy * part.weights,
+            value=None if slopes.value is None else slopes.value * part.weights,
+            exact_kl=None if slopes.exact_kl is None else slopes.exact_kl * part.weights,
+        )
+    )
     return seen
 
 
