@@ -395,6 +395,23 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (train("CartPole-v1", "--optim.eps", "nan"), "optim.eps=nan: expected a finite number"),
     (train("CartPole-v1", "--network.factory", "nowhere:build"), "expected an importable module:function"),
     (train("CartPole-v1", "--algorithm", "sac"), "invalid choice 'sac' for argument '--algorithm'"),
+    (train("CartPole-v1", "--preset", "CartPol-v1"), "preset='CartPol-v1': expected one of auto, none, vector"),
+    (train("CartPole-v1", "--world.kwargs", "gravity"), "world.kwargs='gravity': expected name=value"),
+    (train("CartPole-v1", "--world.kwargs", "gravity=1"), "unexpected keyword argument 'gravity'"),
+    (train("CartPole-v1", "--world.wrappers", "Nothing"), "world.wrappers='Nothing': expected \"module:Name\""),
+    (train("CartPole-v1", "--world.wrappers", "nowhere:W"), "world.wrappers='nowhere:W': expected an importable"),
+    (train("CartPole-v1", "--world.wrappers", "gymnasium:__version__"), "something that can be called with an env"),
+    (
+        train("Pendulum-v1", "--ppo.minibatches", "1", "--world.vectorization", "vector_entry_point"),
+        "Pendulum-v1 has no vector form of its own",
+    ),
+    (train("CartPole-v1", "--world.max-episode-steps", "0"), "world.max_episode_steps=0: expected a number of actions"),
+    (train("CartPole-v1", "--clip-schedule", "cosine"), "invalid choice 'cosine' for argument '--clip-schedule'"),
+    (train("CartPole-v1", "--clip-rewards", "-1"), "clip_rewards=-1.0: expected a number > 0"),
+    (train("CartPole-v1", "--world.atari.size", "0"), "world.atari.size=0: expected a whole number >= 1"),
+    (train("CartPole-v1", "--presett", "none"), "--presett is not an option of bridle train; did you mean --preset?"),
+    (("evaluate", "taken"), "bridle: "),
+    (("evaluate", "./nothing", "--checkpoint", "best"), "bridle: "),
 ]
 
 
