@@ -66,8 +66,9 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         if not self._by_hand(units.observations):
             return plain_vjp(self, units)
         inputs, chosen = _Block(units.observations.vector.contiguous()), units.actions.numpy()
-        work = self._take(len(chosen))
-        outputs = work.forward(self._present(), inputs, self._activation)
+        weights = self._present()
+        work = self._take(len(chosen), weights)
+        outputs = work.forward(weights, inputs, self._activation)
         logits, values = outputs[:-1], outputs[-1].copy()
         if isinstance(self.head, CategoricalHead):
             found: _Softmax | _Normal = _Softmax.of(logits)
@@ -78,7 +79,6 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
 
         def pull_back(slopes: Slopes) -> None:
             along = [None if slope is None else slope.numpy() for slope in (slopes.logp, slopes.entropy, slopes.value)]
-            weights = self._present()
             outputs[:] = 0
             if isinstance(found, _Softmax):
                 found.gradient(outputs[:-1], chosen, along[0], along[1])
@@ -118,9 +118,8 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
             return super().values(observations, state)
         return torch.from_numpy(self._alone(self._present().critic, observations.vector)[0])
 
-    def _take(self, rows: int) -> _Pass:
+    def _take(self, rows: int, weights: _Weights) -> _Pass:
         """Lend buffers for a pass over ``rows`` states, there and back."""
-        weights = self._present()
         for place, kept in enumerate(self._free):
             if kept.rows == rows:
                 return self._free.pop(place)
@@ -262,7 +261,7 @@ class _Weights:
         self, actor: list[tuple[Tensor, Tensor]], critic: list[tuple[Tensor, Tensor]], activation: Activation
     ) -> None:
         self.parameters = [tensor for net in (actor, critic) for layer in net for tensor in layer]
-        self._places = [tensor.data_ptr() for tensor in self.parameters]
+        self._place = self.parameters[0].data_ptr()
         self._known: list[Tensor] = []
         self._gradients: list[Array] = []
         self.actor, self.critic = (
@@ -282,8 +281,8 @@ class _Weights:
         self.last_bias = np.empty((last.shape[0] + 1, 1), dtype=np.float32)
 
     def current(self) -> bool:
-        """Whether the weights still lie where they lay."""
-        return [tensor.data_ptr() for tensor in self.parameters] == self._places
+        """Whether the weights still lie where they lay; they move together or not at all."""
+        return self.parameters[0].data_ptr() == self._place
 
     def gradients(self) -> list[Array]:
         """Return the parameters' gradients as arrays to add to; zero where there were none."""

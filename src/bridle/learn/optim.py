@@ -133,8 +133,7 @@ class _Separate:
 class _Flat:
     """A group's parameters laid end to end in one buffer and their gradients in another, so that a step is a few calls.
 
-    AdamW of Loshchilov & Hutter 2019, Algorithm 2, as PyTorch orders its arithmetic:
-    m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², θ ← (1 − lr·λ)θ − lr/(1−β₁ᵗ) · m / (√(v/(1−β₂ᵗ)) + ε).
+    AdamW of Loshchilov & Hutter 2019, Algorithm 2.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings) -> None:
@@ -145,8 +144,13 @@ class _Flat:
         if any(p.dtype != first.dtype or p.device != first.device for p in self._parameters.values()):
             raise ValueError("a flat group needs parameters of one dtype on one device")
         count = sum(p.numel() for p in self._parameters.values())
-        self._decaying = sum(p.numel() for p in self._parameters.values() if p.ndim >= 2)
-        self._values, self._gradient, self._m, self._v, self._scratch = (first.new_zeros(count) for _ in range(5))
+        columns = self._values, self._gradient, self._m, self._v = tuple(first.new_zeros(count) for _ in range(4))
+        matrices = sum(p.numel() for p in self._parameters.values() if p.ndim >= 2) if settings.weight_decay else 0
+        self._parts = [
+            ([[column[stretch]] for column in columns], decay)
+            for stretch, decay in ((slice(matrices), settings.weight_decay), (slice(matrices, None), 0.0))
+            if columns[0][stretch].numel()
+        ]
         self._steps = 0
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         self._places: dict[str, slice] = {}
@@ -171,22 +175,32 @@ class _Flat:
             if parameter.grad is not gradient:  # somebody put a tensor of their own there
                 gradient.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
                 parameter.grad = gradient
-        norm: Tensor = torch.linalg.vector_norm(self._gradient)
-        return norm
+        return torch.dot(self._gradient, self._gradient).sqrt_()
 
     def scale_gradient(self, share: float) -> None:
         self._gradient.mul_(share)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        s, self._steps = self._settings, self._steps + 1
-        if s.weight_decay:
-            self._values[: self._decaying].mul_(1 - lr * s.weight_decay)
-        self._m.lerp_(self._gradient, 1 - s.beta1)
-        self._v.mul_(s.beta2).addcmul_(self._gradient, self._gradient, value=1 - s.beta2)
-        root = torch.sqrt(self._v, out=self._scratch)
-        root.div_(math.sqrt(1 - s.beta2**self._steps)).add_(s.eps)
-        self._values.addcdiv_(self._m, root, value=-lr / (1 - s.beta1**self._steps))
+        s = self._settings
+        self._steps += 1
+        for (values, gradient, m, v), decay in self._parts:
+            # what torch.optim.AdamW(fused=True) calls; its own preparations would cost several times the work done here
+            torch._fused_adamw_(
+                values,
+                gradient,
+                m,
+                v,
+                [],
+                [torch.tensor(float(self._steps))],
+                lr=lr,
+                beta1=s.beta1,
+                beta2=s.beta2,
+                weight_decay=decay,
+                eps=s.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, Tensor]:
         if not self._steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -146,17 +147,17 @@ def update(
         )
         for number, (rows, units, part) in enumerate(parts):
             seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
-            record = UpdateStep(epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen)
-            if settings.target_kl is not None and not critic_only and record.old_kl > settings.target_kl:
+            record = partial(UpdateStep, epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen)
+            if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
                 optimiser.zero_grad()
-                yield replace(record, applied=False)
+                yield record(applied=False)
                 return
             extra = 0.0
             if extra_loss is not None and not critic_only:
                 extra = add_loss(extra_loss(taken), rows)
             norms = optimiser.step(rows)
             taken += 1
-            yield replace(record, extra_loss=extra, grad_norms=norms)
+            yield record(extra_loss=extra, grad_norms=norms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
