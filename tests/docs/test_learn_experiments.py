@@ -169,18 +169,27 @@ def test_surrogate_and_return_share_their_slope_and_part_further_out() -> None:
     assert figures["promised"][2] > 0.3
 
 
-def test_a_step_of_the_natural_gradient_has_the_kl_that_was_asked_for_and_no_direction_gains_more() -> None:
+def test_a_step_has_the_kl_that_was_asked_for() -> None:
     world = grid()
-    x, theta, kl = trust_region.features(world), torch.zeros(3, 4, dtype=torch.float64), 1e-6
-    best = trust_region.step(world, x, theta, trust_region.natural_gradient(world, x, theta), kl)
+    x, theta = trust_region.features(world), torch.zeros(3, 4, dtype=torch.float64)
+    new = trust_region.step(world, x, theta, trust_region.natural_gradient(world, x, theta), 0.01)
     visits = world.visits((x @ theta).softmax(1))
-    found = (visits / visits.sum() * exact_kl(x @ theta, x @ best)).sum()
-    assert float(found) == pytest.approx(kl, rel=1e-6)
-    gain = float(trust_region.surrogate(world, x @ theta, x @ best))
-    for k in range(20):
-        other = torch.from_numpy(generator(k, "tests.learn.direction").standard_normal((3, 4)))
-        rival = trust_region.step(world, x, theta, other, kl)
-        assert float(trust_region.surrogate(world, x @ theta, x @ rival)) < gain
+    found = (visits / visits.sum() * exact_kl(x @ theta, x @ new)).sum()
+    assert float(found) == pytest.approx(0.01, rel=1e-6)
+
+
+def test_along_the_natural_gradient_the_slope_of_the_kl_is_the_gradient() -> None:
+    world = grid()
+    x = trust_region.features(world)
+    theta = torch.from_numpy(generator(0, "tests.learn.theta").standard_normal((3, 4)))
+    old = (x @ theta).log_softmax(1)
+    visits = world.visits(old.exp())
+    new = (theta + 1e-5 * trust_region.natural_gradient(world, x, theta)).requires_grad_()
+    kl = (visits / visits.sum() * (old.exp() * (old - (x @ new).log_softmax(1))).sum(1)).sum()
+    (slope,) = torch.autograd.grad(kl, new)  # F d for a short step d
+    start = theta.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(world.expected_return((x @ start).softmax(1)), start)
+    assert (slope / 1e-5).flatten().tolist() == pytest.approx(gradient.flatten().tolist(), abs=2e-4)
 
 
 def test_taking_a_critic_off_keeps_the_mean_of_the_gradient_and_lowers_its_variance() -> None:
