@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import closing
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -65,7 +67,7 @@ def film(
     if "rgb_array" not in modes:
         raise WorldError(f"{env} cannot be filmed: it draws no pictures (its render_modes are {modes})")
     returns: list[float] = []
-    with closing(make_vector(env, one, render_mode="rgb_array")[0]) as envs:
+    with _drawing(), closing(make_vector(env, one, render_mode="rgb_array")[0]) as envs:
         if folder:
             path.mkdir()
         films = [(path / f"episode-{n}.mp4", 1) for n in range(episodes)] if folder else [(path, episodes)]
@@ -84,6 +86,20 @@ def film(
                 )
             returns += score.returns
     return tuple(returns)
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Say what MuJoCo needs for drawing where drawing fails: its own complaint does not."""
+    try:
+        yield
+    except WorldError as error:
+        if "mujoco" not in sys.modules:
+            raise
+        remedy = (
+            "MuJoCo draws by OpenGL: set MUJOCO_GL=egl or osmesa where there is no screen, and install that library"
+        )
+        raise WorldError(f"{error}; {remedy}") from error
 
 
 def check_film(path: Path) -> None:
