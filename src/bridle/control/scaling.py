@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -66,13 +67,15 @@ class RewardScale:
         self, rewards: Float[Tensor, "B T"], ended: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float
     ) -> RewardScale:
         """Take in one rollout; ``ended`` is True where an episode terminated or was truncated."""
-        running = self.running
-        seen = torch.zeros(rewards.shape, dtype=torch.float64)
-        for t in range(rewards.shape[1]):
-            running = torch.where(mask[:, t], gamma * running + rewards[:, t].double(), running)
-            seen[:, t] = running
-            running = torch.where(ended[:, t] & mask[:, t], 0.0, running)
-        return RewardScale(moments=self.moments.updated(seen, mask), running=running)
+        running = self.running.numpy().copy()
+        acted, over, gained = mask.T.numpy(), (ended & mask).T.numpy(), rewards.T.numpy()
+        seen = np.zeros(gained.shape)
+        for t in range(len(gained)):
+            running = np.where(acted[t], gamma * running + gained[t], running)
+            seen[t] = running
+            running[over[t]] = 0.0
+        moments = self.moments.updated(torch.from_numpy(seen.T), mask)
+        return RewardScale(moments=moments, running=torch.from_numpy(running))
 
     def apply(self, rewards: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Divide by the deviation; as they are while it is 0."""

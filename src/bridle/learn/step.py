@@ -196,10 +196,12 @@ def minibatches(
         raise ValueError(f"minibatches={count}: expected at most the number of units in a rollout, {number}")
     index = torch.arange(number) if order is None else order
     units = batch.units if order is None else batch.units.select(order)
-    actions = batch.actions_of(index)
-    place = slice(None) if order is None else actions.to(batch.old_logp.device)
     cuts = [number * (part + 1) // count for part in range(count)]
-    ends = units.sizes.cumsum(0)[[cut - 1 for cut in cuts]].tolist()
+    if len(batch) == number:  # one action in each unit: their positions are the units'
+        actions, ends = index, cuts
+    else:
+        actions, ends = batch.actions_of(index), units.sizes.cumsum(0)[[cut - 1 for cut in cuts]].tolist()
+    place = slice(None) if order is None else actions.to(batch.old_logp.device)
     lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     columns = (batch.old_logp, batch.old_value, batch.advantages, batch.returns, batch.episode)
     cut_up = [torch.split(column, lengths) for column in (actions, *(column[place] for column in columns))]
