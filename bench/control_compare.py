@@ -272,14 +272,18 @@ def tables(results: list[dict[str, Any]]) -> str:
     blocks = []
     for env, (steps, _) in ENVS.items():
         rows = {method: own_of(results, env, method, 1.0) for method in METHODS}
-        if any(rows.values()):
+        # seeds that some method has not run yet would compare unlike with unlike
+        seeds = sorted(set.intersection(*({r["seed"] for r in own} for own in rows.values())))
+        rows = {method: [r for r in own if r["seed"] in seeds] for method, own in rows.items()}
+        if seeds:
             lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
             lines += [row_of(METHODS[method], own) for method, own in rows.items() if own]
-            seeds = sorted({r["seed"] for own in rows.values() for r in own})
             blocks += [f"### {env}, {steps:,} steps, {len(seeds)} seeds", "\n".join(f"| {line} |" for line in lines)]
             chosen = [f"{METHODS[method]} {named(own[0]['choice'])}" for method, own in rows.items() if own]
             blocks += [f"Chosen: {'; '.join(chosen)}.{searches(rows['trpo'])}"]
-    blocks += ["### The sweep: return of the last 100 episodes, mean of two other seeds"]
+    blocks += [
+        "### The sweep: return of the last 100 episodes, mean of two other seeds; median KL of an update in nats"
+    ]
     for env, (steps, _) in ENVS.items():
         lines = [sweep_line(results, env, method) for method in METHODS]
         if all(lines):
@@ -306,7 +310,8 @@ def sweep_line(results: list[dict[str, Any]], env: str, method: str) -> str:
     for choice in SWEEP[method]:
         own = own_of(results, env, method, SWEEP_SHARE, choice)
         if own:
-            cells.append(f"{named(choice)}: {statistics.mean(r['last_100'] for r in own):.0f}")
+            mean, kl = (statistics.mean(r[name] for r in own) for name in ("last_100", "kl_median"))
+            cells.append(f"{named(choice)}: {mean:.0f} ({kl:.2g})")
     return f"- {METHODS[method]}: {'; '.join(cells)}" if cells else ""
 
 
