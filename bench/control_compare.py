@@ -278,7 +278,10 @@ def tables(results: list[dict[str, Any]]) -> str:
         if seeds:
             lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
             lines += [row_of(METHODS[method], own) for method, own in rows.items() if own]
-            blocks += [f"### {env}, {steps:,} steps, {len(seeds)} seeds", "\n".join(f"| {line} |" for line in lines)]
+            blocks += [
+                f"### {env}, {steps:,} steps, {len(seeds)} of {len(SEEDS)} seeds",
+                "\n".join(f"| {line} |" for line in lines),
+            ]
             chosen = [f"{METHODS[method]} {named(own[0]['choice'])}" for method, own in rows.items() if own]
             blocks += [f"Chosen: {'; '.join(chosen)}.{searches(rows['trpo'])}"]
     blocks += [
@@ -327,13 +330,13 @@ def page(_: argparse.Namespace) -> None:
 def row_of(name: str, own: list[dict[str, Any]]) -> str:
     final = [r["final"]["final/deterministic/return_mean"] for r in own]
     sampled = [r["final"]["final/sampled/return_mean"] for r in own]
-    spread = statistics.stdev(final) if len(final) > 1 else float("nan")
+    spread = f" ± {statistics.stdev(final):.1f}" if len(final) > 1 else ""
     kl = [statistics.median(r[k] for r in own) for k in ("kl_median", "kl_p95")] + [max(r["kl_max"] for r in own)]
     falls = [r["largest_fall"] for r in own]
     updates = statistics.mean(r["update_cpu_seconds"] for r in own)
     cells = [
         name,
-        f"{statistics.mean(final):.1f} ± {spread:.1f}",
+        f"{statistics.mean(final):.1f}{spread}",
         f"{min(final):.1f}",
         f"{statistics.mean(sampled):.1f}",
         f"{statistics.median(falls):.2f}, {max(falls):.2f}",
