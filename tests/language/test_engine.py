@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from bridle.language.causal import CausalModel
 from bridle.language.sampler import ReferenceSampler, Sampled, SamplingSettings, Stop
 from bridle.language.sampler.engine import EmbeddedSampler, _Work
 from bridle.language.sampler.serving import embedded_sampler
-from bridle.language.sampler.slots import Slots
+from bridle.language.sampler.slots import Prefill, Slots
 from bridle.random import generator, uniforms
 from tests.language.tiny import VOCABULARY, tiny_model
 
@@ -134,31 +135,32 @@ def test_samples_of_one_prompt_are_those_of_prompts_read_apart(rows: int) -> Non
     assert len({tuple(a.ids.tolist()) for a in shared[:6]}) > 1
 
 
+def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each step of the engine reads, from now on."""
+    read: list[int] = []
+    plan = Slots.plan
+
+    def counting(self: Slots, positions: Tensor, prefills: Sequence[Prefill]) -> None:
+        read.append(len(positions) + sum(len(p.slots) * p.length for p in prefills))
+        plan(self, positions, prefills)
+
+    monkeypatch.setattr(Slots, "plan", counting)
+    return read
+
+
 def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, read = tiny_model(), []
-    states = CausalModel.states
-
-    def counting(self: CausalModel, input_ids: Tensor, *args: Tensor, **kwargs: Tensor) -> object:
-        read.append(input_ids.numel())
-        return states(self, input_ids, *args, **kwargs)
-
+    model, read = tiny_model(), tokens_read(monkeypatch)
     sampler = engine(model, stops=())
-    monkeypatch.setattr(CausalModel, "states", counting)
+    read.clear()
     sampler([torch.arange(3, 23)] * 8, draws(8, 6), SamplingSettings(max_new_tokens=6))
     assert read == [20, 8, 8, 8, 8, 8]  # the last token drawn is never read
 
 
 def test_no_token_is_read_for_an_answer_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens through the model: each prompt once, and each token of an answer but its last once."""
-    model, read = tiny_model(), []
-    states = CausalModel.states
-
-    def counting(self: CausalModel, input_ids: Tensor, *args: Tensor, **kwargs: Tensor) -> object:
-        read.append(input_ids.numel())
-        return states(self, input_ids, *args, **kwargs)
-
+    model, read = tiny_model(), tokens_read(monkeypatch)
     sampler, asked = engine(model), ragged(30)
-    monkeypatch.setattr(CausalModel, "states", counting)
+    read.clear()
     answers = sampler(asked, draws(30, 40), SamplingSettings(max_new_tokens=40, rows=8))
     assert min(len(a.ids) for a in answers) < 10
     assert sum(read) == sum(len(p) + len(a.ids) - 1 for p, a in zip(asked, answers, strict=True))

@@ -55,7 +55,9 @@ class HeadForm:
     ) -> Float[Tensor, "n V"]:
         """Return z in full, in float32 or wider."""
         raw = torch.nn.functional.linear(hidden, weight, bias)
-        scaled = self.scale * raw.to(torch.promote_types(raw.dtype, torch.float32))
+        scaled = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        if self.scale != 1.0:
+            scaled = self.scale * scaled
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 

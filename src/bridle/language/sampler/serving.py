@@ -17,6 +17,7 @@ from bridle.language.models import quiet
 from bridle.language.sampler.engine import EmbeddedSampler
 from bridle.language.sampler.protocol import Sampler, SamplingSettings
 from bridle.language.sampler.reference import ReferenceSampler
+from bridle.language.sampler.tape import Tapes
 from bridle.random import generator, uniforms
 
 __all__ = ["SamplerKind", "choose_sampler", "embedded_sampler", "require_servable"]
@@ -62,11 +63,14 @@ def embedded_sampler(
     computing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> EmbeddedSampler:
     """Return the embedded engine for ``actor``; raise ModelError, saying why, where it cannot serve that model."""
-    windows = require_servable(actor)
-    return EmbeddedSampler(actor, windows, stop_ids, value_head=value_head, decode=decode, computing=computing)
+    tapes = Tapes(actor)
+    windows = require_servable(actor, tapes)
+    return EmbeddedSampler(
+        actor, windows, stop_ids, tapes=tapes, value_head=value_head, decode=decode, computing=computing
+    )
 
 
-def require_servable(actor: CausalModel) -> tuple[int | None, ...]:
+def require_servable(actor: CausalModel, tapes: Tapes | None = None) -> tuple[int | None, ...]:
     """Return how far each layer looks back (None: on everything) if the engine gives the model's own log-probs.
 
     What cannot be seen from outside, a trial shows: a few random texts are written, slots changing hands, and their
@@ -79,7 +83,7 @@ def require_servable(actor: CausalModel) -> tuple[int | None, ...]:
     try:
         windows = _windows(actor.model.config.get_text_config(decoder=True))
         with quiet():
-            gap = _trial(actor, windows)
+            gap = _trial(actor, windows, tapes)
     except (ModelError, NonFiniteLogits, AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"the embedded engine cannot serve {name}: {reason[:200]}") from error
@@ -115,14 +119,14 @@ def _rope_kinds(config: Any) -> list[str]:
     return [str(one.get("rope_type")) for one in (parameters, *each)]
 
 
-def _trial(actor: CausalModel, windows: tuple[int | None, ...]) -> float:
+def _trial(actor: CausalModel, windows: tuple[int | None, ...], tapes: Tapes | None) -> float:
     """The largest difference between the engine's log-probs of random texts and those of a plain forward, nats."""
     draws = generator(0, "engine-trial")
     vocabulary = actor.model.get_input_embeddings().weight.shape[0]
     prompts = [torch.from_numpy(draws.integers(0, vocabulary, size=n)) for n in (2, 7, 7, 1, 4)]
     prompts.append(prompts[1])
     settings = SamplingSettings(max_new_tokens=4, rows=3)
-    engine = EmbeddedSampler(actor, windows, ())
+    engine = EmbeddedSampler(actor, windows, (), tapes=tapes)
     answers = engine(prompts, uniforms(0, "engine-trial", 1, range(len(prompts)), 4), settings)
     gap = 0.0
     with torch.no_grad():

@@ -24,7 +24,7 @@ from bridle.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Prefill", "Slots", "serving"]
+__all__ = ["Prefill", "Recorder", "Slots", "serving"]
 
 _NAME = "bridle_embedded"
 
@@ -50,7 +50,7 @@ class Slots:
         """``windows`` holds, for each layer, how many tokens it looks back on; None: all."""
         self.capacity = 0
         self.windows = tuple(windows)
-        self._count = count
+        self.count = count
         self._device = device
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
@@ -58,6 +58,7 @@ class Slots:
         self._prefills: tuple[Prefill, ...] = ()
         self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
         self._places: dict[int, Tensor] = {}
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def reserve(self, capacity: int, used: int) -> None:
         """Make every slot ``capacity`` tokens long, keeping what the first ``used`` slots hold."""
@@ -68,6 +69,7 @@ class Slots:
                 new[:used, :, :kept] = old[:used, :, :kept]
                 store[layer] = new
         self.capacity = capacity
+        self._views.clear()
 
     def copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
         """Copy the first ``length`` tokens of slots ``source`` into slots ``target``."""
@@ -93,12 +95,13 @@ class Slots:
         softcap: float | None,
     ) -> Float[Tensor, "b l H E"]:
         """Keep the new keys and values, and return what each new token reads."""
-        if layer not in self._keys:
-            for store, new in ((self._keys, key), (self._values, value)):
-                store[layer] = new.new_zeros(self._count, new.shape[1], self.capacity, new.shape[3])
+        self._open(layer, key, value)
         n = len(self._positions)
+        if query.shape[2] == 1 and not self._prefills:
+            return self.decode(query, key, value, layer, scaling, softcap)
         q, k, v = (_by_token(x) for x in (query, key, value))
-        parts = [self._decode(layer, q[:n], k[:n], v[:n], scaling, softcap)] if n else []
+        old = [x[:n, :, None] for x in (q, k, v)]
+        parts = [self.decode(old[0], old[1], old[2], layer, scaling, softcap)[:, 0]] if n else []
         begin = n
         for prefill in self._prefills:
             end = begin + len(prefill.slots) * prefill.length
@@ -107,29 +110,44 @@ class Slots:
         read = parts[0] if len(parts) == 1 else torch.cat(parts)
         return read.view(query.shape[0], query.shape[2], *read.shape[1:])
 
-    def _decode(
+    def decode(
         self,
+        query: Float[Tensor, "n H 1 D"],
+        key: Float[Tensor, "n h 1 D"],
+        value: Float[Tensor, "n h 1 E"],
         layer: int,
-        q: Float[Tensor, "n H D"],
-        k: Float[Tensor, "n h D"],
-        v: Float[Tensor, "n h E"],
         scaling: float,
         softcap: float | None,
-    ) -> Float[Tensor, "n H E"]:
-        n, heads = k.shape[:2]
-        keys, values = self._keys[layer], self._values[layer]
+    ) -> Float[Tensor, "n 1 H E"]:
+        """The same for one new token in each of slots 0 … n−1."""
+        self._open(layer, key, value)
+        n, heads, _, width = key.shape
+        keys, values, past, read = self._seen(layer, n * heads)
         places = self._place(heads)
-        keys.view(-1, k.shape[2]).index_copy_(0, places, k.reshape(n * heads, -1))
-        values.view(-1, v.shape[2]).index_copy_(0, places, v.reshape(n * heads, -1))
-        grouped = q.reshape(n * heads, -1, q.shape[2])
-        past = keys.view(-1, self.capacity, k.shape[2])[: n * heads].transpose(1, 2)
-        mask = self._mask(self.windows[layer], heads, q.dtype)
+        keys.index_copy_(0, places, key.reshape(n * heads, width))
+        values.index_copy_(0, places, value.reshape(n * heads, -1))
+        grouped = query.reshape(n * heads, -1, width)
+        mask = self._mask(self.windows[layer], heads, query.dtype)
         if softcap is None:
             scores = torch.baddbmm(mask, grouped, past, alpha=scaling)
         else:
             scores = softcap * torch.tanh(torch.bmm(grouped, past) * (scaling / softcap)) + mask
-        read = torch.bmm(torch.softmax(scores, dim=-1), values.view(-1, self.capacity, v.shape[2])[: n * heads])
-        return read.view(n, q.shape[1], v.shape[2])
+        return torch.bmm(torch.softmax(scores, dim=-1), read).view(n, 1, query.shape[1], -1)
+
+    def _open(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Make a layer's store when its first keys and values show their shape."""
+        if layer not in self._keys:
+            for store, new in ((self._keys, key), (self._values, value)):
+                store[layer] = new.new_zeros(self.count, new.shape[1], self.capacity, new.shape[3])
+
+    def _seen(self, layer: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A layer's keys and values as lists of vectors, to write to; and as [rows, D, C] and [rows, C, E], to read."""
+        if (layer, rows) not in self._views:
+            keys, values = self._keys[layer], self._values[layer]
+            past, read = (held.view(-1, *held.shape[2:])[:rows] for held in (keys, values))
+            flat = [held.view(-1, held.shape[3]) for held in (keys, values)]
+            self._views[layer, rows] = (flat[0], flat[1], past.transpose(1, 2), read)
+        return self._views[layer, rows]
 
     def _prefill(
         self,
@@ -196,7 +214,25 @@ def _windowed(
     return torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1) @ v
 
 
-_serving: list[Slots] = []
+class Recorder:
+    """Stands in for slots while a step is recorded: attention becomes one operation, which has a shape and no kernel."""
+
+    windows: tuple[int | None, ...] | None = None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Note that attention stands here."""
+        return cast("Tensor", torch.ops.bridle.attend(query, key, value, layer, scaling, softcap))
+
+
+_operations: Any = torch.library.Library("bridle", "DEF")  # type: ignore[no-untyped-call]
+_operations.define("attend(Tensor query, Tensor key, Tensor value, int layer, float scaling, float? softcap) -> Tensor")
+_operations.impl(
+    "attend", lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=v.dtype), "Meta"
+)
+
+_serving: list[Slots | Recorder] = []
 
 
 def _attention(
@@ -217,7 +253,7 @@ def _attention(
     if attention_mask is not None:
         raise ModelError(f"{type(module).__name__} makes a mask of its own")
     slots, layer = _serving[-1], cast("int", module.layer_idx)
-    if sliding_window is not None and sliding_window != slots.windows[layer]:
+    if sliding_window is not None and slots.windows is not None and sliding_window != slots.windows[layer]:
         raise ModelError(f"{type(module).__name__} has another window than its configuration says")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return slots.attend(layer, query, key, value, scale, softcap), None
@@ -227,7 +263,7 @@ AttentionInterface.register(_NAME, _attention)
 
 
 @contextmanager
-def serving(model: PreTrainedModel, slots: Slots) -> Iterator[None]:
+def serving(model: PreTrainedModel, slots: Slots | Recorder) -> Iterator[None]:
     """Let ``model`` attend over ``slots``, and give its own attention back afterwards."""
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
