@@ -345,7 +345,7 @@ class _Pass:
             else:
                 below, here = self.hidden_halves[depth - 1], self.hidden_halves[depth]
                 for one, weight, out in zip(below, weights.scaled_across[depth - 1], here, strict=True):
-                    torch.mm(one.tensor, weight.tensor, out=out.tensor)
+                    np.matmul(one.array, weight.array, out=out.array)
             hidden.tensor.add_(bias.tensor)
             _activate(hidden, activation)
         _product(weights.last, self.hidden_across, self.outputs)
@@ -372,7 +372,7 @@ class _Pass:
             else:
                 from_above = self.slopes_halves[depth + 1]
                 for one, weight, out in zip(from_above, weights.inner[depth], self.slopes_halves[depth], strict=True):
-                    torch.mm(one.tensor, weight.tensor, out=out.tensor)
+                    np.matmul(one.array, weight.array, out=out.array)
             _through(slope.array, self.hidden[depth].array, activation)
             sums = torch.sum(slope.tensor, 0).numpy()
             width = len(sums) // 2
@@ -385,8 +385,8 @@ class _Pass:
             else:
                 one, other = self.slopes_across[depth]
                 under, beside = self.hidden_halves[depth - 1]
-                actor[place] += torch.mm(one.tensor, under.tensor).numpy()
-                critic[place] += torch.mm(other.tensor, beside.tensor).numpy()
+                actor[place] += one.array @ under.array
+                critic[place] += other.array @ beside.array
 
 
 def _linears(net: nn.Module) -> list[tuple[Tensor, Tensor]]:

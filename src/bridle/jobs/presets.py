@@ -6,7 +6,8 @@ weighs ½(V − R)², so it is twice the ``vf_coef`` of Stable-Baselines3, which
 ``minibatches`` is the rollout's size over their ``batch_size``.
 
 Sources: RL Baselines3 Zoo, hyperparams/ppo.yml at 22e3ff2 ("RL Zoo"); Huang et al. 2022, "The 37 implementation details of
-proximal policy optimization" and CleanRL's ppo_continuous_action.py and ppo_atari.py ("CleanRL").
+proximal policy optimization" and CleanRL's ppo_continuous_action.py and ppo_atari.py ("CleanRL"); Tianshou's
+examples/mujoco/mujoco_ppo.py at 002ffd9 ("Tianshou").
 """
 
 from __future__ import annotations
@@ -65,6 +66,19 @@ KINDS: dict[str, Settings] = {
 """Kind of world → what differs from the plain defaults."""
 
 _NORMALISED: Settings = {"normalise_observations": True, "scale_rewards": True, "clip_rewards": 10.0}
+
+# Tianshou, which values a rollout anew before each epoch; minibatches of 64
+_MUJOCO: Settings = {
+    **_NORMALISED,
+    "total_steps": 1_000_000,
+    "world": {"num_envs": 8},
+    "n_steps": 256,
+    "network": {"initial_log_std": -0.5},
+    "advantage": {"gamma": 0.99, "lam": 0.95},
+    "ppo": {"epochs": 10, "minibatches": 32, "value_coefficient": 0.5, "whiten": "minibatch"},
+    "recompute_advantages": True,
+    "optim": {"lr": 3e-4, "schedule": "linear"},
+}
 
 PRESETS: dict[str, Settings] = {
     # RL Zoo, but for the rewards, which it does not scale
@@ -132,75 +146,10 @@ PRESETS: dict[str, Settings] = {
         "ppo": {"epochs": 10, "minibatches": 1024, "clip": 0.18, "value_coefficient": 1.0, "whiten": "minibatch"},
         "optim": {"lr": 3e-4, "schedule": "constant"},
     },
-    # RL Zoo (v4)
-    "HalfCheetah-v5": {
-        **_NORMALISED,
-        "total_steps": 1_000_000,
-        "world": {"num_envs": 1},
-        "n_steps": 512,
-        "network": {"hidden": [256, 256], "activation": "relu", "initial_log_std": -2.0},
-        "advantage": {"gamma": 0.98, "lam": 0.92},
-        "ppo": {
-            "epochs": 20,
-            "minibatches": 8,
-            "clip": 0.1,
-            "value_coefficient": 1.16192,
-            "entropy_coefficient": 0.000401762,
-            "whiten": "minibatch",
-        },
-        "optim": {"lr": 2.0633e-5, "schedule": "constant", "max_grad_norm": 0.8},
-    },
-    # RL Zoo (v4)
-    "Hopper-v5": {
-        **_NORMALISED,
-        "total_steps": 1_000_000,
-        "world": {"num_envs": 1},
-        "n_steps": 512,
-        "network": {"hidden": [256, 256], "activation": "relu", "initial_log_std": -2.0},
-        "advantage": {"gamma": 0.999, "lam": 0.99},
-        "ppo": {
-            "epochs": 5,
-            "minibatches": 16,
-            "value_coefficient": 1.671342,
-            "entropy_coefficient": 0.00229519,
-            "whiten": "minibatch",
-        },
-        "optim": {"lr": 9.80828e-5, "schedule": "constant", "max_grad_norm": 0.7},
-    },
-    # RL Zoo (v4)
-    "Walker2d-v5": {
-        **_NORMALISED,
-        "total_steps": 1_000_000,
-        "world": {"num_envs": 1},
-        "n_steps": 512,
-        "advantage": {"gamma": 0.99, "lam": 0.95},
-        "ppo": {
-            "epochs": 20,
-            "minibatches": 16,
-            "clip": 0.1,
-            "value_coefficient": 1.743846,
-            "entropy_coefficient": 0.000585045,
-            "whiten": "minibatch",
-        },
-        "optim": {"lr": 5.05041e-5, "schedule": "constant", "max_grad_norm": 1.0},
-    },
-    # RL Zoo (v2), whose minibatch of 512 is more than its rollout
-    "InvertedDoublePendulum-v5": {
-        **_NORMALISED,
-        "total_steps": 1_000_000,
-        "world": {"num_envs": 1},
-        "n_steps": 128,
-        "advantage": {"gamma": 0.98, "lam": 0.8},
-        "ppo": {
-            "epochs": 10,
-            "minibatches": 1,
-            "clip": 0.4,
-            "value_coefficient": 1.391858,
-            "entropy_coefficient": 1.05057e-6,
-            "whiten": "minibatch",
-        },
-        "optim": {"lr": 0.000155454, "schedule": "constant"},
-    },
+    "HalfCheetah-v5": _MUJOCO,
+    "Hopper-v5": _MUJOCO,
+    "Walker2d-v5": _MUJOCO,
+    "InvertedDoublePendulum-v5": _MUJOCO,
     # RL Zoo (v4)
     "Swimmer-v5": {
         **_NORMALISED,
@@ -211,8 +160,7 @@ PRESETS: dict[str, Settings] = {
         "ppo": {"epochs": 10, "minibatches": 16, "value_coefficient": 1.0, "whiten": "minibatch"},
         "optim": {"lr": 6e-4, "schedule": "constant"},
     },
-    # CleanRL, with 8 environments
-    "Ant-v5": {"total_steps": 1_000_000},
+    "Ant-v5": _MUJOCO,
 }
 """Environment id → what differs from its kind's settings."""
 
