@@ -72,7 +72,8 @@ def test_answers_and_gradients_are_those_of_the_plain_path(
         fast, found = gradients(policy, given, policy.vjp, part)
         plain, expected = gradients(policy, given, lambda u: plain_vjp(policy, u), part)
         for name in ("logp", "entropy", "value"):
-            torch.testing.assert_close(getattr(fast, name), getattr(plain, name).detach(), rtol=1e-5, atol=2e-6)
+            # two float32 sums of up to 700 terms, in different orders
+            torch.testing.assert_close(getattr(fast, name), getattr(plain, name).detach(), rtol=1e-5, atol=1e-5)
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6)
 

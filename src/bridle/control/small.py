@@ -30,9 +30,6 @@ Activation = Literal["tanh", "relu"]
 
 _TWO = np.float32(2)
 _HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
-_SINGLE_THREADED = 2**18
-"""Products of at most this many multiplications go to NumPy, whose BLAS takes one thread for them; larger ones to PyTorch,
-which keeps to its thread count."""
 
 
 class SmallActorCritic(ActorCritic, HandDifferentiated):
@@ -56,7 +53,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         self._activation: Activation = activation
         self._weights: _Weights | None = None
         self._free: list[_Pass] = []
-        self._lone: dict[int, list[_Block]] = {}
+        self._lone: dict[int, list[_Layer]] = {}
 
     def vjp(self, units: Transitions) -> tuple[Seen, Pullback]:
         """Evaluate the actions taken, without a graph; the second half adds to the weights' gradients.
@@ -65,7 +62,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         """
         if not self._by_hand(units.observations):
             return plain_vjp(self, units)
-        inputs, chosen = _Block(units.observations.vector.contiguous()), units.actions.numpy()
+        inputs, chosen = units.observations.vector.contiguous().numpy(), units.actions.numpy()
         weights = self._present()
         work = self._take(len(chosen), weights)
         outputs = work.forward(weights, inputs, self._activation)
@@ -137,23 +134,24 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
             self._lone.clear()
         return self._weights
 
-    def _alone(self, net: list[tuple[_Block, Array]], vector: Float[Tensor, "n D"]) -> Array:
+    def _alone(self, net: list[tuple[Array, Array]], vector: Float[Tensor, "n D"]) -> Array:
         """Run one net; return its outputs [A, n]."""
         rows = len(vector)
         if rows not in self._lone:
             if len(self._lone) >= 4:
                 self._lone.clear()
-            self._lone[rows] = [_Block(torch.empty(rows, weight.array.shape[1])) for weight, _ in net[:-1]]
-        below = _Block(vector.contiguous())
+            self._lone[rows] = [_Layer(rows, len(weight)) for weight, _ in net[:-1]]
+        below: Array = vector.contiguous().numpy()
         for (weight, bias), hidden in zip(net, self._lone[rows], strict=False):
-            _product(below, weight, hidden)
+            np.matmul(below, weight.T, out=hidden.array)
             hidden.array += bias
             if self._activation == "tanh":
                 hidden.array *= _TWO
-            _activate(hidden, self._activation)
-            below = hidden
+            hidden.activate(self._activation)
+            below = hidden.array
         weight, bias = net[-1]
-        return (below.array @ weight.array + bias).T
+        outputs: Array = (below @ weight.T + bias).T
+        return outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,18 +233,30 @@ def by_hand(head: nn.Module) -> bool:
     return gaussian or isinstance(head, CategoricalHead)
 
 
-class _Block:
-    """A matrix as PyTorch and as NumPy see it, over the same memory."""
+class _Layer:
+    """What a hidden layer holds for n states: the same memory as NumPy and as PyTorch see it, whole and in halves."""
 
-    __slots__ = ("array", "tensor")
+    def __init__(self, rows: int, width: int, memory: Array | None = None) -> None:
+        own = np.empty(rows * width, dtype=np.float32) if memory is None else memory
+        self.array: Array = own[: rows * width].reshape(rows, width)
+        self.tensor = torch.from_numpy(self.array)
+        self.halves = self.array[:, : width // 2], self.array[:, width // 2 :]
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.array: Array = tensor.numpy()
+    def activate(self, activation: Activation) -> None:
+        """Apply the activation in place: tanh y = 2 σ(2y) − 1, where 2y is what is here; PyTorch's σ is faster than tanh."""
+        if activation == "relu":
+            np.maximum(self.array, np.float32(0), out=self.array)
+            return
+        self.tensor.sigmoid_()
+        self.array *= _TWO
+        self.array -= np.float32(1)
 
-    @property
-    def T(self) -> _Block:  # noqa: N802, as both libraries call it
-        return _Block(self.tensor.T)
+    def slope(self, activation: Activation) -> Array:
+        """Return the activation's slope, 1 − h² or [h > 0], written over what is here."""
+        if activation == "relu":
+            return np.sign(self.array, out=self.array)
+        np.multiply(self.array, self.array, out=self.array)
+        return np.subtract(np.float32(1), self.array, out=self.array)
 
 
 class _Weights:
@@ -265,20 +275,17 @@ class _Weights:
         self._known: list[Tensor] = []
         self._gradients: list[Array] = []
         self.actor, self.critic = (
-            [(_Block(weight.detach().T), bias.detach().numpy()) for weight, bias in net] for net in (actor, critic)
+            [(weight.detach().numpy(), bias.detach().numpy()) for weight, bias in net] for net in (actor, critic)
         )
         self.scale = _TWO if activation == "tanh" else np.float32(1)
-        self.inner = [
-            (_Block(one.detach()), _Block(other.detach())) for (one, _), (other, _) in zip(actor, critic, strict=True)
-        ][1:-1]
-        first, last = actor[0][0], actor[-1][0]
-        self.first = _Block(torch.empty(2 * first.shape[0], first.shape[1]))
-        self.first_across = self.first.T
-        self.scaled = [(_Block(torch.empty_like(a.tensor)), _Block(torch.empty_like(c.tensor))) for a, c in self.inner]
-        self.scaled_across = [(a.T, c.T) for a, c in self.scaled]
-        self.biases = [_Block(torch.empty(2 * len(bias))) for _, bias in actor[:-1]]
-        self.last = _Block(torch.zeros(last.shape[0] + 1, 2 * last.shape[1]))
-        self.last_bias = np.empty((last.shape[0] + 1, 1), dtype=np.float32)
+        first, last = self.actor[0][0], self.actor[-1][0]
+        self.first = np.empty((2 * len(first), first.shape[1]), dtype=np.float32)
+        self.inner = [(one, other) for (one, _), (other, _) in zip(self.actor, self.critic, strict=True)][1:-1]
+        self.scaled = [(np.empty_like(one), np.empty_like(other)) for one, other in self.inner]
+        self.biases = [np.empty(2 * len(bias), dtype=np.float32) for _, bias in self.actor[:-1]]
+        self.bias_tensors = [torch.from_numpy(bias) for bias in self.biases]
+        self.last = np.zeros((len(last) + 1, 2 * last.shape[1]), dtype=np.float32)
+        self.last_bias = np.empty((len(last) + 1, 1), dtype=np.float32)
 
     def current(self) -> bool:
         """Whether the weights still lie where they lay; they move together or not at all."""
@@ -297,21 +304,18 @@ class _Weights:
 
     def join(self) -> None:
         """Bring the two nets' present weights together."""
-        halves = (
-            (self.actor, slice(None, len(self.first.array) // 2)),
-            (self.critic, slice(len(self.first.array) // 2, None)),
-        )
-        for net, half in halves:
-            np.multiply(net[0][0].array.T, self.scale, out=self.first.array[half])
+        half = len(self.first) // 2
+        np.multiply(self.actor[0][0], self.scale, out=self.first[:half])
+        np.multiply(self.critic[0][0], self.scale, out=self.first[half:])
         for own, scaled in zip(self.inner, self.scaled, strict=True):
             for weight, copy in zip(own, scaled, strict=True):
-                np.multiply(weight.array, self.scale, out=copy.array)
+                np.multiply(weight, self.scale, out=copy)
         for (_, one), (_, other), bias in zip(self.actor, self.critic, self.biases, strict=False):
-            np.multiply(one, self.scale, out=bias.array[: len(one)])
-            np.multiply(other, self.scale, out=bias.array[len(one) :])
-        width = self.last.array.shape[1] // 2
-        self.last.array[:-1, :width] = self.actor[-1][0].array.T
-        self.last.array[-1:, width:] = self.critic[-1][0].array.T
+            np.multiply(one, self.scale, out=bias[: len(one)])
+            np.multiply(other, self.scale, out=bias[len(one) :])
+        width = self.last.shape[1] // 2
+        self.last[:-1, :width] = self.actor[-1][0]
+        self.last[-1:, width:] = self.critic[-1][0]
         self.last_bias[:-1, 0] = self.actor[-1][1]
         self.last_bias[-1, 0] = self.critic[-1][1][0]
 
@@ -324,105 +328,63 @@ class _Pass:
 
     def __init__(self, rows: int, weights: _Weights) -> None:
         self.rows = rows
-        widths = [len(bias.array) for bias in weights.biases]
-        self.hidden = [_Block(torch.empty(rows, width)) for width in widths]
-        self.hidden_across = self.hidden[-1].T
-        self.hidden_halves = [_halves(hidden.tensor) for hidden in self.hidden]
-        scratch = [torch.empty(rows * max(widths)) for _ in range(2)]
-        self.slopes = [
-            _Block(scratch[depth % 2][: rows * width].view(rows, width)) for depth, width in enumerate(widths)
-        ]
-        self.slopes_halves = [_halves(slope.tensor) for slope in self.slopes]
-        self.slopes_across = [tuple(half.T for half in halves) for halves in self.slopes_halves]
-        self.outputs = _Block(torch.empty(len(weights.last.array), rows))
+        widths = [len(bias) for bias in weights.biases]
+        self.hidden = [_Layer(rows, width) for width in widths]
+        scratch = [np.empty(rows * max(widths), dtype=np.float32) for _ in range(2)]
+        self.slopes = [_Layer(rows, width, scratch[depth % 2]) for depth, width in enumerate(widths)]
+        self.outputs = np.empty((len(weights.last), rows), dtype=np.float32)
 
-    def forward(self, weights: _Weights, vector: _Block, activation: Activation) -> Array:
+    def forward(self, weights: _Weights, vector: Array, activation: Activation) -> Array:
         """Fill the hidden layers; return the outputs [A + 1, n], the last row the value."""
         weights.join()
-        for depth, (hidden, bias) in enumerate(zip(self.hidden, weights.biases, strict=True)):
+        for depth, (hidden, bias) in enumerate(zip(self.hidden, weights.bias_tensors, strict=True)):
             if depth == 0:
-                _product(vector, weights.first_across, hidden)
+                np.matmul(vector, weights.first.T, out=hidden.array)
             else:
-                below, here = self.hidden_halves[depth - 1], self.hidden_halves[depth]
-                for one, weight, out in zip(below, weights.scaled_across[depth - 1], here, strict=True):
-                    np.matmul(one.array, weight.array, out=out.array)
-            hidden.tensor.add_(bias.tensor)
-            _activate(hidden, activation)
-        _product(weights.last, self.hidden_across, self.outputs)
-        self.outputs.array += weights.last_bias
-        return self.outputs.array
+                below = self.hidden[depth - 1].halves
+                for one, weight, out in zip(below, weights.scaled[depth - 1], hidden.halves, strict=True):
+                    np.matmul(one, weight.T, out=out)
+            hidden.tensor.add_(bias)
+            hidden.activate(activation)
+        np.matmul(weights.last, self.hidden[-1].array.T, out=self.outputs)
+        self.outputs += weights.last_bias
+        return self.outputs
 
     def backward(
-        self, weights: _Weights, vector: _Block, outputs: Array, activation: Activation, gradients: list[Array]
+        self, weights: _Weights, vector: Array, outputs: Array, activation: Activation, gradients: list[Array]
     ) -> None:
         """Add to the gradients of all weights and biases, the actor's and then the critic's; once."""
-        above = _Block(torch.from_numpy(outputs))
         half = len(gradients) // 2
         actor, critic = gradients[:half], gradients[half:]
-        width = self.hidden[-1].array.shape[1] // 2
-        actor[-2] += outputs[:-1] @ self.hidden[-1].array[:, :width]
-        critic[-2] += outputs[-1:] @ self.hidden[-1].array[:, width:]
+        own, other = self.hidden[-1].halves
+        actor[-2] += outputs[:-1] @ own
+        critic[-2] += outputs[-1:] @ other
         sums = outputs.sum(axis=1)
         actor[-1] += sums[:-1]
         critic[-1] += sums[-1:]
         for depth in reversed(range(len(self.hidden))):
             slope, place = self.slopes[depth], 2 * depth
             if depth == len(self.hidden) - 1:
-                _product(above.T, weights.last, slope)
+                np.matmul(outputs.T, weights.last, out=slope.array)
             else:
-                from_above = self.slopes_halves[depth + 1]
-                for one, weight, out in zip(from_above, weights.inner[depth], self.slopes_halves[depth], strict=True):
-                    np.matmul(one.array, weight.array, out=out.array)
-            _through(slope.array, self.hidden[depth].array, activation)
+                above = self.slopes[depth + 1].halves
+                for one, weight, out in zip(above, weights.inner[depth], slope.halves, strict=True):
+                    np.matmul(one, weight, out=out)
+            slope.array *= self.hidden[depth].slope(activation)
             sums = torch.sum(slope.tensor, 0).numpy()
             width = len(sums) // 2
             actor[place + 1] += sums[:width]
             critic[place + 1] += sums[width:]
             if depth == 0:
-                both = vector.array.T @ slope.array
-                actor[place] += both[:, :width].T
-                critic[place] += both[:, width:].T
+                both = vector.T @ slope.array
+                actor[0] += both[:, :width].T
+                critic[0] += both[:, width:].T
             else:
-                one, other = self.slopes_across[depth]
-                under, beside = self.hidden_halves[depth - 1]
-                actor[place] += one.array @ under.array
-                critic[place] += other.array @ beside.array
+                one, other = slope.halves
+                under, beside = self.hidden[depth - 1].halves
+                actor[place] += one.T @ under
+                critic[place] += other.T @ beside
 
 
 def _linears(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(layer.weight, layer.bias) for layer in cast(nn.Sequential, net) if isinstance(layer, nn.Linear)]
-
-
-def _halves(layer: Tensor) -> tuple[_Block, _Block]:
-    """Return the actor's units and the critic's."""
-    width = layer.shape[1] // 2
-    return _Block(layer[:, :width]), _Block(layer[:, width:])
-
-
-def _product(a: _Block, b: _Block, out: _Block) -> None:
-    """Write a·b into ``out``."""
-    if a.array.shape[0] * a.array.shape[1] * b.array.shape[1] <= _SINGLE_THREADED:
-        np.matmul(a.array, b.array, out=out.array)
-    else:
-        torch.mm(a.tensor, b.tensor, out=out.tensor)
-
-
-def _activate(x: _Block, activation: Activation) -> None:
-    """Apply the activation in place: tanh y = 2 σ(2y) − 1, of which ``x`` holds 2y; σ has a faster form than tanh."""
-    a = x.array
-    if activation == "relu":
-        np.maximum(a, np.float32(0), out=a)
-        return
-    x.tensor.sigmoid_()
-    a *= _TWO
-    a -= np.float32(1)
-
-
-def _through(slope: Array, h: Array, activation: Activation) -> None:
-    """Carry a gradient through the activation, times 1 − h² or [h > 0], in place; ``h`` is written over."""
-    if activation == "relu":
-        np.sign(h, out=h)
-    else:
-        np.multiply(h, h, out=h)
-        np.subtract(np.float32(1), h, out=h)
-    np.multiply(slope, h, out=slope)

@@ -81,8 +81,9 @@ _MUJOCO: Settings = {
 }
 
 PRESETS: dict[str, Settings] = {
-    # RL Zoo, but for the rewards, which it does not scale
+    # RL Zoo
     "CartPole-v1": {
+        "scale_rewards": False,
         "total_steps": 100_000,
         "n_steps": 32,
         "advantage": {"gamma": 0.98, "lam": 0.8},
@@ -112,6 +113,7 @@ PRESETS: dict[str, Settings] = {
     },
     # RL Zoo without its state-dependent exploration; the box is ±2, so σ = 1 is half of its half-width
     "Pendulum-v1": {
+        "scale_rewards": False,
         "normalise_observations": False,
         "total_steps": 100_000,
         "world": {"num_envs": 4},
@@ -121,8 +123,9 @@ PRESETS: dict[str, Settings] = {
         "ppo": {"epochs": 10, "minibatches": 64, "value_coefficient": 1.0, "whiten": "minibatch"},
         "optim": {"lr": 1e-3, "schedule": "constant"},
     },
-    # RL Zoo, with the rewards scaled
+    # RL Zoo
     "LunarLander-v3": {
+        "scale_rewards": False,
         "total_steps": 1_000_000,
         "world": {"num_envs": 16},
         "n_steps": 1024,

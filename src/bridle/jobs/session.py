@@ -25,6 +25,7 @@ from typing import Any, Literal, Self
 
 import torch
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 
 from bridle.errors import ConfigError, RunError, UserError
 from bridle.jobs.config import to_dict
@@ -179,13 +180,13 @@ class Session:
         if self._settings.threads is not None:
             self._restore.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self._settings.threads)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        self._restore.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+            self._restore.enter_context(threadpool_limits(self._settings.threads, user_api="blas"))  # NumPy's
+        # says the same as torch.use_deterministic_algorithms, which imports the compiler: seconds at each start
+        self._restore.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         module: Any = torch.utils.deterministic
         self._restore.callback(setattr, module, "fill_uninitialized_memory", module.fill_uninitialized_memory)
         module.fill_uninitialized_memory = False  # it would fill every torch.empty, for nothing
-        torch.use_deterministic_algorithms(True, warn_only=self.device.type != "cpu")
+        torch.set_deterministic_debug_mode("error" if self.device.type == "cpu" else "warn")
 
     def _listen(self) -> None:
         def ask(number: int, _: FrameType | None) -> None:
