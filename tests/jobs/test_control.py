@@ -374,7 +374,7 @@ def test_what_an_environment_starts_from(tmp_path: Path, monkeypatch: pytest.Mon
     assert default_config("BridleTest/Target-v0").preset == "box"
     assert default_config("BridleTest/Target-v0").normalise_observations
     assert default_config("BridleTest/Endless-v0").preset == "vector"
-    assert default_config("BridleTest/Endless-v0", preset="Hopper-v5").ppo.minibatches == 16
+    assert default_config("BridleTest/Endless-v0", preset="Hopper-v5").ppo.minibatches == 32
     assert kind_of("ALE/Pong-v5", WorldSettings()) == "atari"
     with pytest.raises(ConfigError, match="did you mean Hopper-v5"):
         default_config("BridleTest/Endless-v0", preset="Hoper-v5")

@@ -114,6 +114,7 @@ PRESETS: dict[str, Settings] = {
     # RL Zoo without its state-dependent exploration; the box is ±2, so σ = 1 is half of its half-width
     "Pendulum-v1": {
         "scale_rewards": False,
+        "clip_rewards": None,
         "normalise_observations": False,
         "total_steps": 100_000,
         "world": {"num_envs": 4},
