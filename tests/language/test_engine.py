@@ -205,11 +205,11 @@ def test_garbage_behind_an_answer_is_never_seen(monkeypatch: pytest.MonkeyPatch)
 
     def dirty(self: Slots, positions: Tensor, prefills: object) -> None:
         plan(self, positions, prefills)  # type: ignore[arg-type]
-        for store in (self._keys, self._values):
-            for held in store.values():
-                for slot in range(held.shape[0]):
-                    used = int(positions[slot]) if slot < len(positions) else 0
-                    held[slot, :, used:] = 1e4
+        for slot in range(self.count):
+            used = int(positions[slot]) if slot < len(positions) else 0
+            for keys, values in zip(self._keys.values(), self._values.values(), strict=True):
+                keys[slot, ..., used:] = 1e4
+                values[slot, :, used:] = 1e4
 
     monkeypatch.setattr(Slots, "plan", dirty)
     same_answers(engine(model)(asked, key, settings), clean)
@@ -291,3 +291,10 @@ def test_bfloat16_answers_are_near_the_trainers() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             gaps.append((answer.logp - own_logp(model, prompt, answer.ids)).abs())
     assert torch.cat(gaps).mean() < 0.1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the graphed step is not tested here")
+def test_on_cuda_a_graphed_step_draws_what_the_plain_sampler_draws() -> None:
+    model, asked = tiny_model().to("cuda"), ragged(20)
+    settings, key = SamplingSettings(max_new_tokens=20, rows=6), draws(20, 20)
+    same_answers(engine(model)(asked, key, settings), ReferenceSampler(model, [STOP])(asked, key, settings), atol=1e-4)

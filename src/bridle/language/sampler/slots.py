@@ -2,8 +2,9 @@
 
 Models reach it through transformers' ``AttentionInterface``: while a :class:`Slots` is in use, every attention layer hands
 its new queries, keys and values to :meth:`Slots.attend`, which keeps keys and values and knows what each token may see.
-The model itself gets no cache and no mask. A slot is a row of ``[slots, heads, capacity, width]``; slots in use come
-first, so that every product runs over one contiguous piece of memory.
+The model itself gets no cache and no mask. A slot is a row of values ``[slots, heads, capacity, width]`` and of keys laid
+across, ``[slots, heads, width, capacity]``, which makes the product with one query up to twice as fast; slots in use
+come first, so that every product runs over one contiguous piece of memory.
 """
 
 from __future__ import annotations
@@ -63,20 +64,21 @@ class Slots:
     def reserve(self, capacity: int, used: int) -> None:
         """Make every slot ``capacity`` tokens long, keeping what the first ``used`` slots hold."""
         kept = min(capacity, self.capacity)
-        for store in (self._keys, self._values):
-            for layer, old in store.items():
-                new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
-                new[:used, :, :kept] = old[:used, :, :kept]
-                store[layer] = new
+        for layer, old in self._keys.items():
+            self._keys[layer] = old.new_zeros(*old.shape[:3], capacity)
+            self._keys[layer][:used, ..., :kept] = old[:used, ..., :kept]
+        for layer, old in self._values.items():
+            self._values[layer] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            self._values[layer][:used, :, :kept] = old[:used, :, :kept]
         self.capacity = capacity
         self._views.clear()
 
     def copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
         """Copy the first ``length`` tokens of slots ``source`` into slots ``target``."""
         read, write = (torch.tensor(slots, device=self._device) for slots in (source, target))
-        for store in (self._keys, self._values):
-            for held in store.values():
-                held[:, :, :length].index_copy_(0, write, held[:, :, :length].index_select(0, read))
+        texts = [keys[..., :length] for keys in self._keys.values()]
+        for text in texts + [values[:, :, :length] for values in self._values.values()]:
+            text.index_copy_(0, write, text.index_select(0, read))
 
     def plan(self, positions: Int[Tensor, " n"], prefills: Sequence[Prefill]) -> None:
         """Announce a step: slot i appends a token at ``positions[i]``; then ``prefills`` are read."""
@@ -123,9 +125,8 @@ class Slots:
         self._open(layer, key, value)
         n, heads, _, width = key.shape
         keys, values, past, read = self._seen(layer, n * heads)
-        places = self._place(heads)
-        keys.index_copy_(0, places, key.reshape(n * heads, width))
-        values.index_copy_(0, places, value.reshape(n * heads, -1))
+        keys.index_copy_(0, self._place(heads * width), key.reshape(-1))
+        values.index_copy_(0, self._place(heads), value.reshape(n * heads, -1))
         grouped = query.reshape(n * heads, -1, width)
         mask = self._mask(self.windows[layer], heads, query.dtype)
         if softcap is None:
@@ -137,16 +138,16 @@ class Slots:
     def _open(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Make a layer's store when its first keys and values show their shape."""
         if layer not in self._keys:
-            for store, new in ((self._keys, key), (self._values, value)):
-                store[layer] = new.new_zeros(self.count, new.shape[1], self.capacity, new.shape[3])
+            (heads, width), wide = (key.shape[1], key.shape[3]), value.shape[3]
+            self._keys[layer] = key.new_zeros(self.count, heads, width, self.capacity)
+            self._values[layer] = value.new_zeros(self.count, heads, self.capacity, wide)
 
     def _seen(self, layer: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A layer's keys and values as lists of vectors, to write to; and as [rows, D, C] and [rows, C, E], to read."""
+        """A layer's keys as numbers and values as vectors, to write to; and as [rows, D, C] and [rows, C, E], to read."""
         if (layer, rows) not in self._views:
             keys, values = self._keys[layer], self._values[layer]
             past, read = (held.view(-1, *held.shape[2:])[:rows] for held in (keys, values))
-            flat = [held.view(-1, held.shape[3]) for held in (keys, values)]
-            self._views[layer, rows] = (flat[0], flat[1], past.transpose(1, 2), read)
+            self._views[layer, rows] = (keys.view(-1), values.view(-1, values.shape[3]), past, read)
         return self._views[layer, rows]
 
     def _prefill(
@@ -161,7 +162,7 @@ class Slots:
     ) -> Float[Tensor, "m H E"]:
         length = prefill.length
         q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        self._keys[layer][:, :, :length].index_copy_(0, prefill.slots, k)
+        self._keys[layer][..., :length].index_copy_(0, prefill.slots, k.transpose(2, 3))
         self._values[layer][:, :, :length].index_copy_(0, prefill.slots, v)
         window, shared = self.windows[layer], q.shape[1] != k.shape[1]
         if softcap is None and (window is None or window >= length):
@@ -170,12 +171,12 @@ class Slots:
             read = _windowed(q, k, v, window, scaling, softcap)
         return read.transpose(1, 2).flatten(0, 1)
 
-    def _place(self, heads: int) -> Int[Tensor, " m"]:
-        """Where slot i's new token lies in the store seen as a list of vectors, for each head."""
-        if heads not in self._places:
-            rows = torch.arange(len(self._positions) * heads, device=self._device) * self.capacity
-            self._places[heads] = rows + self._positions.repeat_interleave(heads)
-        return self._places[heads]
+    def _place(self, rows: int) -> Int[Tensor, " m"]:
+        """Where slot i's new token lies in a store whose slots are each ``rows`` rows of C places."""
+        if rows not in self._places:
+            begin = torch.arange(len(self._positions) * rows, device=self._device) * self.capacity
+            self._places[rows] = begin + self._positions.repeat_interleave(rows)
+        return self._places[rows]
 
     def _mask(self, window: int | None, heads: int, dtype: torch.dtype) -> Float[Tensor, "m 1 C"]:
         """0 where slot i's new token sees, −∞ where it does not: what lies behind it, or before its window."""
