@@ -113,7 +113,7 @@ def save_policy(folder: Path, agent: Agent, settings: NetworkSettings, *, env: s
     weights = agent.policy.state_dict()
     tensors = {f"policy/{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
     if agent.moments is not None:
-        tensors |= {f"moments/{f.name}": getattr(agent.moments, f.name).contiguous() for f in fields(Moments)}
+        tensors |= {f"moments/{f.name}": getattr(agent.moments, f.name).contiguous() for f in fields(Moments) if f.init}
     save_file(tensors, folder / "policy.safetensors")
     head = {
         "format": FORMAT,
@@ -213,7 +213,7 @@ def _moments(tensors: Mapping[str, torch.Tensor], width: int) -> Moments | None:
     own = {name.removeprefix("moments/"): value for name, value in tensors.items() if name.startswith("moments/")}
     if not own:
         return None
-    if own.keys() != {f.name for f in fields(Moments)} or own["mean"].shape != (width,):
+    if own.keys() != {f.name for f in fields(Moments) if f.init} or own["mean"].shape != (width,):
         raise ModelError("the saved policy's observation statistics do not fit its observations; it is damaged")
     return Moments(**own)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import gymnasium
@@ -239,16 +240,23 @@ class BoxActions:
 
     def to_world(self, actions: Float[np.ndarray, "n A"]) -> NDArray[Any]:
         """Scale and clip the policy's actions to the world's box; the policy's own are left as they are."""
-        low = np.array([-np.inf if bound is None else bound for bound in self.low])
-        high = np.array([np.inf if bound is None else bound for bound in self.high])
-        bounded = np.isfinite(low) & np.isfinite(high)
-        with np.errstate(invalid="ignore"):  # ∞ − ∞ where unbounded on both sides, replaced
-            centre = np.where(bounded, (low + high) / 2, 0.0)
-            half = np.where(bounded, (high - low) / 2, 1.0)
+        low, high, centre, half = _box(self)
         scaled = (centre + half * actions).astype(self.dtype)
         # clipped after rounding to the world's type, which must not leave its box
-        clipped: NDArray[Any] = np.clip(scaled, low.astype(self.dtype), high.astype(self.dtype))
+        clipped: NDArray[Any] = scaled.clip(low, high)
         return clipped.reshape(len(actions), *self.shape)
+
+
+@lru_cache(maxsize=16)
+def _box(spec: BoxActions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return (low, high) in the world's type and (centre, half width), 0 and 1 where unbounded."""
+    low = np.array([-np.inf if bound is None else bound for bound in spec.low])
+    high = np.array([np.inf if bound is None else bound for bound in spec.high])
+    bounded = np.isfinite(low) & np.isfinite(high)
+    with np.errstate(invalid="ignore"):  # ∞ − ∞ where unbounded on both sides, replaced
+        centre = np.where(bounded, (low + high) / 2, 0.0)
+        half = np.where(bounded, (high - low) / 2, 1.0)
+    return low.astype(spec.dtype), high.astype(spec.dtype), centre, half
 
 
 ActionSpec = DiscreteActions | MultiDiscreteActions | MultiBinaryActions | BoxActions

@@ -8,7 +8,7 @@ of nothing are NaN.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -125,12 +125,16 @@ class Moments:
     """[*shape] mean of each feature, in its unit; 0 before any sample."""
     m2: Float[Tensor, "*shape"]
     """[*shape] Σ (x − mean)² of each feature, in its squared unit."""
+    _scale: Float[Tensor, "*shape"] = field(init=False, repr=False, compare=False)
+    """[*shape] what :meth:`standardise` divides by, found once."""
 
     def __post_init__(self) -> None:
         """Refuse a count that is not one number, and moments of different shapes."""
         if self.count.ndim != 0:
             raise ValueError(f"count has shape {tuple(self.count.shape)}, expected ()")
         check_same_shape("mean", self.mean, m2=self.m2)
+        deviation = self.deviation
+        object.__setattr__(self, "_scale", torch.where(deviation > 0.0, deviation, 1.0))
 
     @classmethod
     def empty(cls, shape: tuple[int, ...] = (), *, device: torch.device | str | None = None) -> Moments:
@@ -214,10 +218,8 @@ class Moments:
         shape = self.mean.shape
         if x.ndim < len(shape) or x.shape[x.ndim - len(shape) :] != shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected it to end in the moments' shape {tuple(shape)}")
-        deviation = self.deviation
-        scale = torch.where(deviation > 0.0, deviation, 1.0)
         exact = x.to(self.mean.dtype)
-        y = (exact - self.mean if shift else exact) / scale
+        y = (exact - self.mean if shift else exact) / self._scale
         return (y if bound is None else y.clamp(-bound, bound)).to(at_least_float32(x))
 
 
