@@ -192,9 +192,11 @@ class Collector:
 
     def _account(self, taken: WorldStep) -> list[Episode]:
         """Add one step to the episodes in progress and return those it ended."""
-        self._returns += np.where(taken.acted, taken.rewards, 0.0)
+        self._returns += taken.rewards * taken.acted
         self._lengths += taken.acted
-        ended = []
+        ended: list[Episode] = []
+        if not taken.over.any():
+            return ended
         for i in np.flatnonzero(taken.over):
             stop = Stop.TERMINATED if taken.terminated[i] else Stop.TRUNCATED
             ended.append(Episode(return_=float(self._returns[i]), length=int(self._lengths[i]), stop=stop))

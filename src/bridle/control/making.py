@@ -154,8 +154,9 @@ def make_vector(
             make = partial(_make_one, spec, settings, wrappers, render_mode, os.getpid())
             mode = _MODES[settings.autoreset or "same_step"]
             if form == "async":
-                return Processes([make] * settings.num_envs, autoreset_mode=mode), form
-            return SyncVectorEnv([make] * settings.num_envs, autoreset_mode=mode), form
+                return Processes([make] * settings.num_envs, copy=False, autoreset_mode=mode), form
+            # World encodes what it is shown into memory of its own
+            return SyncVectorEnv([make] * settings.num_envs, copy=False, autoreset_mode=mode), form
         except (DependencyNotInstalled, ModuleNotFoundError) as error:
             entry = spec.entry_point if isinstance(spec.entry_point, str) else ""
             extra = next((extra for home, extra in _EXTRAS.items() if entry.startswith(home)), None)
