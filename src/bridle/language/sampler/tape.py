@@ -2,7 +2,7 @@
 
 A small model's step takes a thousand operations of a few microseconds each, and Python between them (modules, keyword
 arguments, decorators) takes as long again. So the forward of n tokens, one per text, is recorded with fake tensors, which
-run no kernel and refuse to look at data, and is played as one straight function: the same operations on the same
+run no kernel and refuse to look at data, and is played as one straight list: the same operations on the same
 weights, hence the same numbers to the last bit. What depends on weights alone (transposes, casts to bfloat16) is computed
 once per rollout. A model that cannot be recorded, because its path depends on data, runs as it is.
 """
@@ -10,9 +10,10 @@ once per rollout. A model that cannot be recorded, because its path depends on d
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,10 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "aten.pow.Tensor_Scalar": torch.pow,
     "aten.cat.default": torch.cat,
     "aten.silu.default": torch.nn.functional.silu,
+    "aten.transpose.int": torch.transpose,
+    "aten.unsqueeze.default": torch.unsqueeze,
+    "aten.view.default": torch.Tensor.view,
+    "aten._unsafe_view.default": torch.Tensor.view,
 }
 """Python's own bindings of frequent operations: the same positional arguments, at less than a dispatcher call's cost."""
 
@@ -86,7 +91,10 @@ def _record(actor: CausalModel) -> _Tape | None:
         isinstance(call, OpOverload) and call._schema.is_mutable for call in calls
     ):  # then operations could not be dropped or shared
         return None
-    return _Tape(recorded)
+    try:
+        return _Tape(recorded)
+    except NotImplementedError:
+        return None
 
 
 @contextmanager
@@ -101,108 +109,143 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = before
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the registers an operation finds an operand or leaves its result."""
+
+    index: int
+
+
 class _Tape:
-    """Two functions made of a recorded graph: what depends on weights alone, and the step itself."""
+    """A recorded graph as a list of operations on registers: what depends on weights alone, then the step itself."""
 
     def __init__(self, recorded: fx.GraphModule) -> None:
-        self._names: dict[fx.Node, str] = {}
-        self._fixed: set[str] = set()
+        self._held: list[Any] = [None, None]  # the first two are the step's tokens and positions
+        self._sizes: dict[int, Any] = {}
+        self._weights: list[tuple[Callable[..., Any], tuple[int, ...], int]] = []
+        self._step: list[tuple[Callable[..., Any] | None, tuple[int, ...], int]] = []
+        self._fixed: set[int] = set()
+        self._known: dict[str, _Place] = {}
         self._roots: dict[fx.Node, fx.Node] = {}
-        self._known: dict[str, str] = {}
-        self._scope: dict[str, Any] = {}
-        weights: list[str] = []
-        step: list[str] = []
+        self._at: dict[fx.Node, _Place] = {}
+        self._result = _Place(0)
         recorded.graph.eliminate_dead_code()
-        inputs = [node for node in recorded.graph.nodes if node.op == "placeholder"]
+        inputs = 0
         for node in recorded.graph.nodes:
             if node.op == "placeholder":
-                self._names[node] = ("tokens", "positions")[inputs.index(node)]
+                self._at[node] = _Place(inputs)
+                inputs += 1
             elif node.op == "get_attr":
-                self._names[node] = self._constant(getattr(recorded, str(node.target)))
+                self._at[node] = self._hold(getattr(recorded, str(node.target)))
+                self._fixed.add(self._at[node].index)
             elif node.op == "call_function":
-                self._write(node, weights, step)
+                self._at[node] = self._append(node)
             else:
-                step.append(f"return {self._text(node.args[0])}")
-        lines = [f"    {line}" for line in weights]
-        lines += ["    def step(tokens, positions):", "        n = len(tokens)"]
-        lines += [f"        {line}" for line in _needed(step)]
-        source = "\n".join(["def over(attend):", *lines, "    return step"])
-        exec(compile(source, "<tape>", "exec"), self._scope)
+                self._result = self._at[cast("fx.Node", node.args[0])]
+        self._drop_unread()
 
     def over(self, slots: Slots) -> Callable[[Int[Tensor, " n"], Int[Tensor, " n"]], Float[Tensor, "n D"]]:
         """The step with ``slots`` for its attention and the weights as they are now."""
-        play: Callable[[Tensor, Tensor], Tensor] = self._scope["over"](slots.decode)
-        return lambda tokens, positions: play(tokens[:, None], positions[:, None])
+        held, result, bound = list(self._held), self._result.index, 0
+        for function, operands, target in self._weights:
+            held[target] = function(*[held[i] for i in operands])
+        step = [(slots.decode if f is None else f, operands, target) for f, operands, target in self._step]
 
-    def _write(self, node: fx.Node, weights: list[str], step: list[str]) -> None:
-        """Append one operation, unless an equal one stands there already."""
-        call = self._call(node)
-        if call in self._known:
-            self._names[node] = self._known[call]
-            return
-        name = f"v{len(self._known)}"
-        self._known[call] = self._names[node] = name
-        inputs = {self._names[used] for used in node.all_input_nodes}
-        if inputs <= self._fixed and inputs:
-            self._fixed.add(name)
-            weights.append(f"{name} = {call}")
-        else:
-            step.append(f"{name} = {call}")
+        def play(tokens: Tensor, positions: Tensor) -> Tensor:
+            nonlocal bound
+            if len(tokens) != bound:
+                bound = len(tokens)
+                for place, size in self._sizes.items():
+                    held[place] = _sized(size, bound)
+            held[0], held[1] = tokens[:, None], positions[:, None]
+            for function, operands, target in step:
+                held[target] = function(*[held[i] for i in operands])
+            return cast("Tensor", held[result])
 
-    def _call(self, node: fx.Node) -> str:
+        return play
+
+    def _append(self, node: fx.Node) -> _Place:
+        """Add one operation, unless an equal one stands there already; return where its result is."""
         target, arguments = str(node.target), list(node.args)
-        if target in _AS_VIEW:
+        if target in _AS_VIEW:  # a view of a view starts from what both look at
             root = cast("fx.Node", arguments[0])
             while root in self._roots:
                 root = self._roots[root]
-            self._roots[node] = root
-            return f"{self._text(root)}.view({self._text(arguments[1])})"
-        if target == "bridle.attend.default":
-            return f"attend({', '.join(self._text(a) for a in arguments)})"
-        if target == "aten.transpose.int":
-            return f"{self._text(arguments[0])}.transpose({arguments[1]}, {arguments[2]})"
-        if target == "aten.unsqueeze.default":
-            return f"{self._text(arguments[0])}.unsqueeze({arguments[1]})"
-        named = [f"{name}={self._text(value)}" for name, value in node.kwargs.items()]
-        function = _PLAIN.get(target, node.target) if not named else node.target
-        return f"{self._constant(function)}({', '.join([*(self._text(a) for a in arguments), *named])})"
+            self._roots[node], arguments[0] = root, root
+        function = None if target == "bridle.attend.default" else _PLAIN.get(target, cast("Any", node.target))
+        if node.kwargs:
+            if any(isinstance(value, fx.Node | list | tuple) for value in node.kwargs.values()):
+                raise NotImplementedError(f"{target} with named tensors")
+            function = partial(cast("Any", node.target), **node.kwargs)
+        first = arguments[0]
+        if function is not None and isinstance(first, list | tuple) and any(isinstance(x, fx.Node) for x in first):
+            function = partial(_with_list, function, len(first))
+            arguments = [*first, *arguments[1:]]
+        operands = tuple(self._operand(argument).index for argument in arguments)
+        name = f"{target} {len(node.args)} {operands} {dict(node.kwargs)}"
+        if name not in self._known:
+            self._known[name] = place = self._hold(None)
+            if function is not None and operands and set(operands) <= self._fixed | self._literals():
+                self._fixed.add(place.index)
+                self._weights.append((function, operands, place.index))
+            else:
+                self._step.append((function, operands, place.index))
+        return self._known[name]
 
-    def _text(self, value: Any) -> str:
+    def _operand(self, value: Any) -> _Place:
         if isinstance(value, fx.Node):
-            return self._names[value]
-        if isinstance(value, list | tuple):
-            return f"[{', '.join(self._text(x) for x in value)}]"
-        if (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and value
-            and abs(value) < 2**40
-            and value % _ROWS == 0
-        ):
-            return f"{value // _ROWS} * n"
-        if value is None or isinstance(value, bool | int | float | str):
-            return repr(value)
-        return self._constant(value)
+            return self._at[value]
+        if isinstance(value, list | tuple) and any(isinstance(x, fx.Node) for x in value):
+            raise NotImplementedError("a list of tensors that is not an operation's first argument")
+        name = f"literal {type(value).__name__} {value!r}"
+        if name not in self._known:
+            self._known[name] = self._hold(value)
+            if _sized(value, 1) != value:
+                self._sizes[self._known[name].index] = value
+        return self._known[name]
 
-    def _constant(self, value: Any) -> str:
-        for name, held in self._scope.items():
-            if held is value:
-                return name
-        name = f"c{len(self._scope)}"
-        self._scope[name] = value
-        if isinstance(value, Tensor):
-            self._fixed.add(name)
-        return name
+    def _literals(self) -> set[int]:
+        """Places of plain numbers and sizes that do not depend on the number of rows."""
+        return {
+            at.index for name, at in self._known.items() if name.startswith("literal ") and at.index not in self._sizes
+        }
+
+    def _hold(self, value: Any) -> _Place:
+        self._held.append(value)
+        return _Place(len(self._held) - 1)
+
+    def _drop_unread(self) -> None:
+        """Leave out what nothing reads, and let results whose last reader has passed make room for later ones."""
+        read, kept, last = {self._result.index}, [], {self._result.index: len(self._step)}
+        for at, (function, operands, target) in reversed(list(enumerate(self._step))):
+            if target in read:
+                kept.append((function, operands, target))
+                for i in operands:
+                    last.setdefault(i, at)
+                read |= set(operands)
+        free: list[int] = []
+        moved: dict[int, int] = {}
+        own = {target for _, _, target in kept}
+        order = {target: at for at, (_, _, target) in enumerate(self._step)}
+        self._step = []
+        for function, operands, target in reversed(kept):
+            where = tuple(moved.get(i, i) for i in operands)
+            place = moved[target] = free.pop() if free else target
+            self._step.append((function, where, place))
+            done = {i for i in operands if i in own and last[i] == order[target]}
+            free += [moved[i] for i in done]
+        self._result = _Place(moved[self._result.index])
 
 
-def _needed(lines: list[str]) -> list[str]:
-    """Drop assignments that nothing after them reads: views of views, once these start from the same root."""
-    read: set[str] = set()
-    kept = []
-    for line in reversed(lines):
-        name, _, value = line.partition(" = ")
-        if value and name not in read:
-            continue
-        read |= set(re.findall(r"\bv\d+\b", value or line))
-        kept.append(line)
-    return kept[::-1]
+def _with_list(function: Callable[..., Any], count: int, *arguments: Any) -> Any:
+    """Call ``function`` with its first ``count`` arguments as one list, as ``cat`` wants them."""
+    return function(list(arguments[:count]), *arguments[count:])
+
+
+def _sized(value: Any, rows: int) -> Any:
+    """Put the number of rows into an argument recorded with ``_ROWS`` of them."""
+    if isinstance(value, list | tuple):
+        return [_sized(x, rows) for x in value]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**40:
+        return value // _ROWS * rows if value % _ROWS == 0 else value
+    return value
