@@ -254,9 +254,10 @@ def _judge(
 
 
 def _check_gap(first: UpdateStep) -> None:
-    if first.gap is not None and float(first.gap.mean) > GAP_BOUND:
+    gap = first.gap
+    if gap is not None and float(gap.mean) > GAP_BOUND:
         raise SamplerMismatch(
-            f"the trainer's first forward differs from the sampler's log-probabilities by {float(first.gap.mean):.2g} nats "
+            f"the trainer's first forward differs from the sampler's log-probabilities by {float(gap.mean):.2g} nats "
             f"on average (at most {GAP_BOUND} is expected); is the policy stochastic outside its distribution (dropout)?"
         )
 

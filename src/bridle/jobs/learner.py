@@ -166,9 +166,10 @@ class Learner:
             **summarise(updates),
             **{f"lr/{name}": lr for name, lr in self.optimiser.lrs.items()},
         }
-        if updates[0].gap is not None:
-            metrics["sampler_gap_mean"] = float(updates[0].gap.mean)
-            metrics["sampler_gap_max"] = float(updates[0].gap.maximum)
+        gap = updates[0].gap
+        if gap is not None:
+            metrics["sampler_gap_mean"] = float(gap.mean)
+            metrics["sampler_gap_max"] = float(gap.maximum)
         return metrics
 
     def keep_if_best(self, score: float, session: Session, *, step: int) -> None:

@@ -158,9 +158,10 @@ def summarise(steps: Sequence[UpdateStep]) -> dict[str, float]:
         metrics[f"grad_norm/{name}"] = sum(norms) / len(norms)
     if first.trust_region is not None:
         metrics |= {f"trust_region/{name}": float(value) for name, value in asdict(first.trust_region).items()}
-    if first.gap is not None:
-        metrics["first_ratio_gap_mean"] = float(first.gap.mean)
-        metrics["first_ratio_gap_max"] = float(first.gap.maximum)
+    gap = first.gap
+    if gap is not None:
+        metrics["first_ratio_gap_mean"] = float(gap.mean)
+        metrics["first_ratio_gap_max"] = float(gap.maximum)
     return metrics
 
 
