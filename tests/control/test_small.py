@@ -132,6 +132,38 @@ def test_it_follows_its_weights_into_a_flat_buffer_and_through_a_step() -> None:
     assert torch.equal(seen.logp, before)
 
 
+def move_the_critic(policy: SmallActorCritic) -> None:
+    critic = Group(name="critic", parameters=dict(policy.critic.named_parameters()), settings=OptimSettings())
+    Optimiser([critic], total_steps=1, flat=True)
+
+
+def replace_a_weight(policy: SmallActorCritic) -> None:
+    layer = policy.actor[2]
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+
+
+def load_by_assignment(policy: SmallActorCritic) -> None:
+    policy.load_state_dict({name: value.clone() for name, value in policy.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [move_the_critic, replace_a_weight, load_by_assignment])
+def test_it_follows_single_weights_that_move_or_are_replaced(change: Callable[[SmallActorCritic], None]) -> None:
+    policy, given = build(*SHAPES[0]), units(*SHAPES[0][:3], 50)
+    policy.vjp(given)
+    change(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.3)
+        plain, found = policy(given), policy.vjp(given)[0]
+        torch.testing.assert_close(found.logp, plain.logp, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.value, plain.value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(policy.values(given.observations, None), plain.value, rtol=1e-5, atol=1e-5)
+    along = slopes(50)
+    found, expected = (gradients(policy, given, how, along)[1] for how in (policy.vjp, lambda u: plain_vjp(policy, u)))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6)
+
+
 def test_extreme_logits_stay_finite() -> None:
     """A probability that underflows to 0 has no entropy and no slope, rather than NaN."""
     policy, given = build(*SHAPES[0]), units(*SHAPES[0][:3], 8)

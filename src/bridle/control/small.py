@@ -127,9 +127,9 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         return observations.mask is None and vector.dtype is torch.float32 and vector.device.type == "cpu"
 
     def _present(self) -> _Weights:
-        """Return the weights as arrays; made anew where they have moved in memory."""
+        """Return the weights as arrays; made anew where they have moved in memory or others stand in their place."""
         if self._weights is None or not self._weights.current():
-            self._weights = _Weights(_linears(self.actor), _linears(self.critic), self._activation)
+            self._weights = _Weights(self.actor, self.critic, self._activation)
             self._free.clear()
             self._lone.clear()
         return self._weights
@@ -267,15 +267,17 @@ class _Weights:
     for all states.
     """
 
-    def __init__(
-        self, actor: list[tuple[Tensor, Tensor]], critic: list[tuple[Tensor, Tensor]], activation: Activation
-    ) -> None:
-        self.parameters = [tensor for net in (actor, critic) for layer in net for tensor in layer]
-        self._place = self.parameters[0].data_ptr()
+    def __init__(self, actor: nn.Module, critic: nn.Module, activation: Activation) -> None:
+        # a module looks its parameters up here; asking the module itself would take most of a small pass's time
+        homes = [layer._parameters for net in (actor, critic) for layer in _linears(net)]
+        places = [(home, name, cast(Tensor, home[name])) for home in homes for name in ("weight", "bias")]
+        self.parameters = [parameter for _, _, parameter in places]
+        self._places = [(*place, place[-1].data_ptr()) for place in places]
         self._known: list[Tensor] = []
         self._gradients: list[Array] = []
         self.actor, self.critic = (
-            [(weight.detach().numpy(), bias.detach().numpy()) for weight, bias in net] for net in (actor, critic)
+            [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in _linears(net)]
+            for net in (actor, critic)
         )
         self.scale = _TWO if activation == "tanh" else np.float32(1)
         first, last = self.actor[0][0], self.actor[-1][0]
@@ -288,8 +290,8 @@ class _Weights:
         self.last_bias = np.empty((len(last) + 1, 1), dtype=np.float32)
 
     def current(self) -> bool:
-        """Whether the weights still lie where they lay; they move together or not at all."""
-        return self.parameters[0].data_ptr() == self._place
+        """Whether the weights are still the layers' own and lie where they lay; a flat optimiser may move some of them."""
+        return all(home[name] is own and own.data_ptr() == place for home, name, own, place in self._places)
 
     def gradients(self) -> list[Array]:
         """Return the parameters' gradients as arrays to add to; zero where there were none."""
@@ -386,5 +388,5 @@ class _Pass:
                 critic[place] += other.T @ beside
 
 
-def _linears(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.weight, layer.bias) for layer in cast(nn.Sequential, net) if isinstance(layer, nn.Linear)]
+def _linears(net: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in cast(nn.Sequential, net) if isinstance(layer, nn.Linear)]
