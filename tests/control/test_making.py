@@ -141,6 +141,25 @@ def test_a_lost_life_terminates_without_ending_the_game(mode: AutoresetMode) -> 
     assert [bool(step.over[0]) for step in taken] == ([False] * 5 + [True]) * 2
 
 
+class Reckless(Lives):
+    """A life is lost at every step, the first one included."""
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return np.ones(1, np.float32), 1.0, self.t == 3, False, {"lives": 3 - self.t}
+
+
+@pytest.mark.parametrize("others", [Reckless, Lives])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_life_lost_at_a_games_first_step_counts(mode: AutoresetMode, others: type[Lives]) -> None:
+    world = World("lives", SyncVectorEnv([Reckless, others], autoreset_mode=mode), life_loss=True)
+    world.reset(0)
+    taken = [step for step in (world.step(np.zeros(2, np.int64)) for _ in range(12)) if step.acted[0]]
+    world.close()
+    assert all(bool(step.terminated[0]) for step in taken)
+    assert [bool(step.over[0]) for step in taken[:9]] == [False, False, True] * 3
+
+
 def test_lives_that_are_not_told_are_asked_for() -> None:
     world = World("endless", SyncVectorEnv([worlds.Endless]), life_loss=True)
     with pytest.raises(WorldError, match="says nothing of lives"):

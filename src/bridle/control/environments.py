@@ -124,8 +124,13 @@ class World:
             return np.zeros(self.num_envs, dtype=np.bool_)
         if "lives" not in info:
             raise WorldError(f"{self.name}: its info says nothing of lives; switch the loss of a life off")
-        before, self._lives = self._lives, np.asarray(info["lives"], dtype=np.int64)
+        before, self._lives = self._lives, np.array(info["lives"], dtype=np.int64)
         return self._lives < before
+
+    def _begin_lives(self, info: dict[str, Any], begun: NDArray[np.bool_]) -> None:
+        """Take the lives of the games ``begun`` outside a step that is looked at."""
+        if self._life_loss:
+            self._lives[begun] = np.asarray(info["lives"], dtype=np.int64)[begun]
 
     def _next_episode(
         self, done: NDArray[np.bool_], shown: Observations, world_actions: NDArray[Any], info: dict[str, Any]
@@ -142,6 +147,7 @@ class World:
         if self._mode is AutoresetMode.DISABLED:
             with foreign(self.name, "reset"):
                 raw, reset_info = self._envs.reset(options={"reset_mask": done.copy()})
+            self._begin_lives(reset_info, done)
             begun = self._masks.attach(self._encode(raw), reset_info, idle=~done)
             return shown, self._masks.attach(shown, info, idle=done).with_rows(ended, begun.select(ended))
         if not done.all():
@@ -150,6 +156,7 @@ class World:
         # NEXT_STEP with every environment about to reset: a column without a transition, taken here and now
         with foreign(self.name, "step"):
             raw, *_, info = self._envs.step(world_actions)
+        self._begin_lives(info, done)
         return shown, self._masks.attach(self._encode(raw), info, idle=nobody)
 
     def _encode(self, raw: Any) -> Observations:
