@@ -74,6 +74,9 @@ def forget_after(path: Path, step: int) -> None:
         {"env": "Pendulum-v1", "normalise_observations": True},
         {"algorithm": "a2c", "n_steps": 1, "total_steps": 32, "env": "BridleTest/Counter-v0"},
         {"algorithm": "trpo", "env": "Pendulum-v1"},
+        {"network": NetworkSettings(hidden=(8,), recurrent="lstm"), "normalise_observations": True},
+        {"clip_schedule": "linear", "recompute_advantages": True, "ppo": PPOSettings(epochs=3, whiten="minibatch")},
+        {"env": "BridleTest/EndlessImage-v0", "clip_rewards": 1.0, "scale_rewards": True},
     ],
 )
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -188,6 +191,13 @@ def test_trpo_refuses_a_policy_of_the_users_own_with_one_trunk(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_trpo_refuses_images_on_one_trunk_before_it_starts(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", algorithm="trpo", env="BridleTest/EndlessImage-v0")
+    with pytest.raises(ConfigError, match=r"network\.shared_trunk=None: expected False"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
 def with_one_trunk(observations: Any, actions: Any) -> Any:
     from torch import nn
 
@@ -260,6 +270,10 @@ def with_dropout(observations: Any, actions: Any) -> Any:
         ({"clip_schedule": "linear", "ppo": PPOSettings(clip=None)}, "clip_schedule='linear'"),
         ({"algorithm": "trpo", "network": NetworkSettings(recurrent="gru")}, "network.recurrent='gru'"),
         ({"algorithm": "trpo", "n_steps": 1}, "trpo.critic_minibatches=4"),
+        (
+            {"ppo": PPOSettings(minibatches=5), "network": NetworkSettings(recurrent="gru")},
+            "minibatches=5: .* at most 4",
+        ),
         ({"algorithm": "trpo", "network": NetworkSettings(shared_trunk=True)}, "network.shared_trunk=True"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridle.batch import Batch, Evaluation
-from bridle.errors import NonFiniteStep
+from bridle.errors import ConfigError, NonFiniteStep
 from bridle.learn import ppo
 from bridle.learn.a2c import A2CObjective, A2CSettings
 from bridle.learn.ppo import PPOObjective, PPOSettings
@@ -70,7 +70,7 @@ def test_minibatches_take_every_unit_once_and_differ_by_one(units: int, count: i
     table = Table([0.0, 0.0, 0.0])
     batch = batch_of(table, singles([i % 3 for i in range(units)]), torch.arange(units, dtype=torch.float64))
     if count > units:
-        with pytest.raises(ValueError, match="minibatches"):
+        with pytest.raises(ConfigError, match="minibatches"):
             parts_of(batch, count)
         return
     parts = parts_of(batch, count, epoch_order(units, seed=0, step=0, epoch=0))

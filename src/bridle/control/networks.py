@@ -80,6 +80,10 @@ class NetworkSettings:
         if self.factory is not None and (self.factory.count(":") != 1 or not all(self.factory.split(":"))):
             raise ConfigError.of("factory", self.factory, '"module:function"')
 
+    def shares(self, observations: ObservationSpec) -> bool:
+        """Say whether actor and critic share all but their last layer where this is seen."""
+        return self.shared_trunk if self.shared_trunk is not None else bool(observations.images)
+
 
 def perceptron(widths: tuple[int, ...], activation: Literal["tanh", "relu"], *, output_gain: float | None) -> nn.Module:
     """Linear layers of the given widths, input first, with the activation between them.
@@ -114,7 +118,7 @@ def build_policy(
         head, width = _head(actions, settings)
         if settings.recurrent is not None:
             return _with_memory(observations, settings, head, width)
-        shared = settings.shared_trunk if settings.shared_trunk is not None else bool(observations.images)
+        shared = settings.shares(observations)
         if observations.images:
             return _on_images(observations, settings, head, width, shared=shared)
         layers, kind = (observations.width, *settings.hidden), settings.activation

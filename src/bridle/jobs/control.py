@@ -46,6 +46,8 @@ __all__ = ["ControlConfig", "default_config", "kind_of", "run", "train"]
 GAP_BOUND = 1e-2
 """A larger mean |first trainer forward − sampler log-probability| (float32, nats) ends the run: they are not one policy."""
 
+_APART = 'False with algorithm "trpo", which moves the actor apart from the critic'
+
 UNDISTURBED = 6_000
 """Steps that each environment is left alone at least, by default, before it starts anew for the sake of exact resumes."""
 
@@ -116,12 +118,16 @@ class ControlConfig:
             ("ppo", "ppo.minibatches", self.ppo.minibatches),
             ("trpo", "trpo.critic_minibatches", self.trpo.critic_minibatches),
         ):
-            if self.algorithm == algorithm and number > self.fewest_actions:
+            if self.algorithm != algorithm:
+                continue
+            if number > self.fewest_actions:
                 expected = f"at most {self.fewest_actions}, the fewest actions that a rollout can hold"
                 raise ConfigError.of(name, number, expected, "raise n_steps or world.num_envs")
+            if self.network.recurrent is not None and number > self.world.num_envs:
+                expected = f"at most {self.world.num_envs}: with a memory each environment's steps stay together"
+                raise ConfigError.of(name, number, expected, "raise world.num_envs")
         if self.algorithm == "trpo" and self.network.shared_trunk:
-            expected = 'False with algorithm "trpo", which moves the actor apart from the critic'
-            raise ConfigError.of("network.shared_trunk", True, expected)
+            raise ConfigError.of("network.shared_trunk", True, _APART)
         if self.algorithm == "trpo" and self.network.recurrent is not None:
             expected = 'None with algorithm "trpo"; actor and critic share a memory'
             raise ConfigError.of("network.recurrent", self.network.recurrent, expected)
@@ -176,6 +182,8 @@ def run(config: ControlConfig, *, resume: bool = False, world: GivenWorld | None
         if not isinstance(given, str):
             config = replace(config, env=acted.name, world=replace(config.world, num_envs=acted.num_envs))
         judge = acted if isinstance(given, VectorEnv) else stack.enter_context(closing(make_world(given, config.world)))
+        if config.algorithm == "trpo" and config.network.factory is None and config.network.shares(acted.observations):
+            raise ConfigError.of("network.shared_trunk", config.network.shared_trunk, _APART, "images share by default")
         policy = build_policy(acted.observations, acted.actions, config.network, seed=config.run.seed)
         with open_session("control", config, config.run, resume=resume) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridle.batch import Batch, Evaluation, Policy, Units
 from bridle.core.moments import whiten
-from bridle.errors import NonFiniteStep
+from bridle.errors import ConfigError, NonFiniteStep
 from bridle.random import permutation
 
 __all__ = [
@@ -189,11 +189,11 @@ def minibatches(
         (which units of ``batch`` [M], those units, their actions)
 
     Raises:
-        ValueError: there are fewer units than parts.
+        ConfigError: there are fewer units than parts.
     """
     number = len(batch.units)
     if number < count:
-        raise ValueError(f"minibatches={count}: expected at most the number of units in a rollout, {number}")
+        raise ConfigError.of("minibatches", count, f"at most the number of units in a rollout, {number}")
     index = torch.arange(number) if order is None else order
     units = batch.units if order is None else batch.units.select(order)
     cuts = [number * (part + 1) // count for part in range(count)]
