@@ -49,7 +49,7 @@ class NatureCNN(nn.Module):
     def forward(self, image: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n 512"]:
         """Look at n images of 0 … 255."""
         # channels last while still bytes: the convolutions' gradients are half again as fast on a CPU
-        seen = image.contiguous(memory_format=torch.channels_last).float().mul_(1 / 255)
+        seen = image.contiguous(memory_format=torch.channels_last).float().div_(255)
         features: Tensor = self.layers(seen)
         return features
 
