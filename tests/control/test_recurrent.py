@@ -14,7 +14,7 @@ from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.observations import Observations
 from bridle.control.policy import Sequences
-from bridle.control.prepare import prepare, trajectories
+from bridle.control.prepare import prepare, remembered_anew, trajectories
 from bridle.control.recurrent import Pieces, RecurrentActorCritic
 from bridle.errors import ConfigError
 from bridle.learn import ppo
@@ -112,6 +112,31 @@ def test_values_of_states_and_true_successors_come_from_the_episode_alone(kind: 
                 cut += int(rollout.truncated[b, t])
             seen += 1
     assert seen > 40
+    assert cut > 3
+    collector.world.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_taken_anew_are_those_of_the_present_memory(kind: Kind, mode: str) -> None:
+    collector = counter(mode, 30)
+    policy = remembering(collector.world, kind)
+    rollout = collector.collect(policy, None, seed=0, step=0)
+    for parameter in policy.memory.parameters():
+        parameter.add_(0.1)
+    batch = prepare(rollout, policy, None, AdvantageSettings(), anew=True)
+    torch.testing.assert_close(batch.old_value, policy(batch.units).value, rtol=1e-5, atol=1e-5)
+    assert torch.equal(batch.old_logp, rollout.sampler_logp[rollout.mask])
+    found = trajectories(remembered_anew(rollout, policy, None), policy, None)
+    cut = 0
+    for b, t in rollout.mask.nonzero().tolist():
+        number, time = rollout.observations.vector[b, t].tolist()
+        known = plainly(policy, [torch.tensor([number, float(i)]) for i in range(int(time) + 2)])
+        assert float(found.values[b, t]) == pytest.approx(known[-2], abs=1e-5)
+        if not rollout.terminated[b, t]:
+            assert float(found.next_values[b, t]) == pytest.approx(known[-1], abs=1e-5)
+            cut += int(rollout.truncated[b, t])
     assert cut > 3
     collector.world.close()
 

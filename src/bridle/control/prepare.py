@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridle.batch import Batch, Trajectories
-from bridle.control.collect import Rollout
+from bridle.control.collect import Memory, Rollout
 from bridle.control.observations import Observations
 from bridle.control.policy import ControlPolicy, Sequences, Transitions
 from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
 from bridle.learn.advantages import AdvantageSettings, estimate
 
-__all__ = ["prepare", "trajectories"]
+__all__ = ["prepare", "remembered_anew", "trajectories"]
 
 
 _MOST_IMAGES = 1024
@@ -57,6 +59,7 @@ def prepare(
     settings: AdvantageSettings,
     *,
     rewards: Float[Tensor, "B T"] | None = None,
+    anew: bool = False,
 ) -> Batch:
     """Lay the valid transitions out flat, environment by environment, with their advantages and returns.
 
@@ -66,7 +69,10 @@ def prepare(
         moments: the observation statistics that the rollout was collected with.
         settings: which estimator, with which γ and λ.
         rewards: [B, T], in place of the rollout's own (scaled ones).
+        anew: the policy has learnt since it collected, so that its memory would hold something else by now.
     """
+    if anew:
+        rollout = remembered_anew(rollout, policy, moments)
     seen = trajectories(rollout, policy, moments, rewards=rewards)
     advantages, returns = estimate(seen, settings)
     mask = rollout.mask
@@ -79,6 +85,34 @@ def prepare(
         advantages=advantages[mask].to(device),
         returns=returns[mask].to(device),
         episode=_episodes(rollout)[mask].to(device),
+    )
+
+
+@torch.no_grad()
+def remembered_anew(rollout: Rollout, policy: ControlPolicy, moments: Moments | None) -> Rollout:
+    """Return the rollout with what the present policy would have remembered; as it is, without a memory.
+
+    Where the rollout begins in the middle of an episode, the memory goes on from what was remembered then.
+    """
+    memory = rollout.memory
+    if memory is None:
+        return rollout
+    T = rollout.mask.shape[1]
+    device = next(policy.parameters()).device
+    states = normalise(rollout.observations.flatten(), moments).to(device)
+    initial, after = policy.initial_state(len(memory.last)), memory.before[:, 0].to(device)
+    befores, afters = [], []
+    for t in range(T):
+        before = torch.where(memory.fresh[:, t, None].to(device), initial, after)
+        _, after = policy.distribution(states.select(slice(t, None, T)), before)
+        befores.append(before)
+        afters.append(after)
+    cut = torch.stack(afters, dim=1).cpu()[rollout.truncated]
+    # where the episode ended with the last step, nothing asks for what comes after it
+    last = afters[-1].cpu()
+    return replace(
+        rollout,
+        memory=Memory(before=torch.stack(befores, dim=1).cpu(), fresh=memory.fresh, last=last, cut=cut),
     )
 
 

@@ -213,7 +213,7 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
                 config.advantage,
                 rewards=learner.learnt_rewards(rollout),
             )
-            again = {"anew": ready} if config.recompute_advantages else {}
+            again = {"anew": partial(ready, anew=True)} if config.recompute_advantages else {}
             updates = list(learner.update(ready(), seed=seed, step=step, **again))
             learner.take_in(rollout)
             _check_gap(updates[0])
