@@ -100,6 +100,20 @@ def test_a_flat_group_moves_as_pytorchs_adamw_does() -> None:
         torch.testing.assert_close(mine[name].data, theirs[name].data, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a flat group on one is not tested here")
+def test_a_flat_group_moves_alike_on_every_device() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        parameter = nn.Parameter(torch.tensor([[1.0, -2.0]], device=device))
+        group = Group(name="g", parameters={"w": parameter}, settings=OptimSettings(lr=0.1, weight_decay=0.1))
+        optimiser = Optimiser([group], total_steps=1, flat=True)
+        for k in range(3):
+            parameter.grad = torch.tensor([[math.sin(k), math.cos(k)]], device=device)
+            optimiser.step()
+        found.append(parameter.detach().cpu())
+    torch.testing.assert_close(*found)
+
+
 def test_a_flat_group_is_still_a_module_of_named_parts() -> None:
     """Autograd adds into the buffer, and loading a state dict fills it."""
     model = nn.Linear(3, 2)

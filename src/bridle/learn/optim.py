@@ -192,7 +192,7 @@ class _Flat:
                 m,
                 v,
                 [],
-                [torch.tensor(float(self._steps))],
+                [torch.tensor(float(self._steps), device=self._values.device)],
                 lr=lr,
                 beta1=s.beta1,
                 beta2=s.beta2,
