@@ -17,7 +17,7 @@ from bridle.language.sampler import ReferenceSampler, Sampled, SamplingSettings,
 from bridle.language.sampler.engine import EmbeddedSampler, _Work
 from bridle.language.sampler.serving import embedded_sampler
 from bridle.language.sampler.slots import Prefill, Slots
-from bridle.random import generator, uniforms
+from bridle.random import generator, torch_rng, uniforms
 from tests.language.tiny import VOCABULARY, tiny_model
 
 STOP = 5
@@ -217,8 +217,9 @@ def test_garbage_behind_an_answer_is_never_seen(monkeypatch: pytest.MonkeyPatch)
 
 def test_values_are_those_of_the_head_on_the_trunk() -> None:
     model, asked = tiny_model(), ragged(10)
-    head = nn.Linear(32, 1)
-    nn.init.normal_(head.weight)
+    with torch_rng(0, "test-head"):
+        head = nn.Linear(32, 1)
+        nn.init.normal_(head.weight, std=0.1)  # so that V is of size one
     actor = CausalModel(model)
     sampler = embedded_sampler(actor, (STOP,), value_head=head)
     for prompt, answer in zip(
