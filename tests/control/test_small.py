@@ -164,6 +164,14 @@ def test_it_follows_single_weights_that_move_or_are_replaced(change: Callable[[S
         torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("part", ["actor", "critic", "head"])
+def test_frozen_weights_get_no_gradient(part: str) -> None:
+    policy, given = build(*SHAPES[2]), units(*SHAPES[2][:3], 50)
+    policy.get_submodule(part).requires_grad_(False)
+    policy.vjp(given)[1](slopes(50))
+    assert all((p.grad is None) is not p.requires_grad for p in policy.parameters())
+
+
 def test_extreme_logits_stay_finite() -> None:
     """A probability that underflows to 0 has no entropy and no slope, rather than NaN."""
     policy, given = build(*SHAPES[0]), units(*SHAPES[0][:3], 8)

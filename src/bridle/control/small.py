@@ -35,7 +35,8 @@ _HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 class SmallActorCritic(ActorCritic, HandDifferentiated):
     """An actor and a critic, perceptrons of their own over a vector, for discrete or Gaussian actions.
 
-    What it cannot do by hand (another device, action masks, a second derivative) it does as :class:`ActorCritic` does.
+    What it cannot do by hand (another device, action masks, frozen weights, a second derivative) it does as
+    :class:`ActorCritic` does.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         """
         if not self._by_hand(units.observations):
             return plain_vjp(self, units)
-        inputs, chosen = units.observations.vector.contiguous().numpy(), units.actions.numpy()
         weights = self._present()
+        if not all(parameter.requires_grad for parameter in weights.parameters):
+            return plain_vjp(self, units)
+        inputs, chosen = units.observations.vector.contiguous().numpy(), units.actions.numpy()
         work = self._take(len(chosen), weights)
         outputs = work.forward(weights, inputs, self._activation)
         logits, values = outputs[:-1], outputs[-1].copy()
@@ -80,9 +83,10 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
             if isinstance(found, _Softmax):
                 found.gradient(outputs[:-1], chosen, along[0], along[1])
             else:
-                spread = cast(Tensor, self.head.log_std)
-                spread.grad = spread.new_zeros(spread.shape) if spread.grad is None else spread.grad
-                spread.grad += torch.from_numpy(found.gradient(outputs[:-1], along[0], along[1]))
+                spread, slope = cast(Tensor, self.head.log_std), found.gradient(outputs[:-1], along[0], along[1])
+                if spread.requires_grad:
+                    spread.grad = spread.new_zeros(spread.shape) if spread.grad is None else spread.grad
+                    spread.grad += torch.from_numpy(slope)
             if along[2] is not None:
                 outputs[-1] = along[2]
             work.backward(weights, inputs, outputs, self._activation, weights.gradients())
