@@ -97,23 +97,24 @@ def remembered_anew(rollout: Rollout, policy: ControlPolicy, moments: Moments | 
     memory = rollout.memory
     if memory is None:
         return rollout
-    T = rollout.mask.shape[1]
+    B, T = rollout.mask.shape
     device = next(policy.parameters()).device
     states = normalise(rollout.observations.flatten(), moments).to(device)
-    initial, after = policy.initial_state(len(memory.last)), memory.before[:, 0].to(device)
+    initial = policy.initial_state(B)
+    assert initial is not None
+    state, fresh = memory.before[:, 0].to(device), memory.fresh.to(device)
     befores, afters = [], []
     for t in range(T):
-        before = torch.where(memory.fresh[:, t, None].to(device), initial, after)
+        before = torch.where(fresh[:, t, None], initial, state)
         _, after = policy.distribution(states.select(slice(t, None, T)), before)
+        assert after is not None
         befores.append(before)
         afters.append(after)
+        state = after
     cut = torch.stack(afters, dim=1).cpu()[rollout.truncated]
     # where the episode ended with the last step, nothing asks for what comes after it
-    last = afters[-1].cpu()
-    return replace(
-        rollout,
-        memory=Memory(before=torch.stack(befores, dim=1).cpu(), fresh=memory.fresh, last=last, cut=cut),
-    )
+    anew = Memory(before=torch.stack(befores, dim=1).cpu(), fresh=memory.fresh, last=state.cpu(), cut=cut)
+    return replace(rollout, memory=anew)
 
 
 def _values(policy: ControlPolicy, states: Observations, state: Tensor | None) -> Float[Tensor, " n"]:
