@@ -123,7 +123,7 @@ def evaluate(
         deterministic: take each state's most likely action.
         seed: the run's seed.
         step: the run's step.
-        max_steps: actions after which an episode is cut and counted as it is.
+        max_steps: actions after which an episode is cut and counted as it is; where nothing ended, the next goes on from there.
     """
     device = next(policy.parameters()).device
     quota = np.array([len(share) for share in np.array_split(np.arange(episodes), world.num_envs)])
