@@ -352,6 +352,7 @@ def draw(results: list[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     envs = [env for env in ENVS if any(r["env"] == env for r in results)]
     if not envs:
@@ -375,6 +376,8 @@ def draw(results: list[dict[str, Any]]) -> None:
     axes[0][0].legend(fontsize=8)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+    with Image.open(PICTURE) as drawn:
+        drawn.convert("RGB").quantize(64).save(PICTURE, optimize=True)
 
 
 def main() -> None:
