@@ -78,7 +78,7 @@ SIGNATURES = {
     "jobs.control": {
         "run": "config, *, resume=False, world=None",
         "train": "env, *, preset='auto', resume=False, **settings",
-        "default_config": "env, *, preset='auto', world=None",
+        "default_config": "env, *, preset='auto', algorithm='ppo', world=None",
     },
     "runs": {
         "Run.create": "path, job, config, *, resolved=None",

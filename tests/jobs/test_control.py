@@ -20,7 +20,7 @@ from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.errors import ConfigError, SamplerMismatch, WorldError
 from bridle.jobs.config import from_dict, to_dict
-from bridle.jobs.control import ControlConfig, default_config, kind_of, run, train
+from bridle.jobs.control import Algorithm, ControlConfig, default_config, kind_of, run, train
 from bridle.jobs.learner import Learner, Progress
 from bridle.jobs.presets import KINDS, PRESETS, merged
 from bridle.jobs.session import RunSettings, open_session
@@ -376,6 +376,26 @@ def test_every_preset_is_a_config(kind: str, name: str | None) -> None:
     actions = config.n_steps * config.world.num_envs
     assert actions % config.ppo.minibatches == 0
     assert actions // config.ppo.minibatches >= 16
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "trpo"])
+@pytest.mark.parametrize("env", [*PRESETS])
+def test_a_row_of_the_table_stops_no_other_algorithm(env: str, algorithm: Algorithm) -> None:
+    config = default_config("BridleTest/Target-v0", preset=env, algorithm=algorithm)
+    assert (config.algorithm, config.clip_schedule, config.recompute_advantages) == (algorithm, "constant", False)
+    assert config.optim == default_config("BridleTest/Target-v0", preset=env).optim
+
+
+def test_another_algorithm_trains_from_the_settings_of_an_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {"total_steps": 64, "n_steps": 8, "evaluation": {"final_episodes": 5}}
+    for algorithm in ("a2c", "trpo"):
+        made = tmp_path / algorithm
+        train("CartPole-v1", algorithm=algorithm, **few, run={"dir": made, "threads": 1})
+        assert (" | KL " in capsys.readouterr().err) == (algorithm == "trpo")
+        kept = from_dict(ControlConfig, Run.open(made).config)
+        assert (kept.algorithm, kept.preset, kept.advantage.gamma) == (algorithm, "CartPole-v1", 0.98)
 
 
 def test_what_an_environment_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

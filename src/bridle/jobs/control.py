@@ -48,6 +48,11 @@ GAP_BOUND = 1e-2
 
 _APART = 'False with algorithm "trpo", which moves the actor apart from the critic'
 
+Algorithm = Literal["ppo", "a2c", "trpo"]
+
+PPO_ONLY = ("clip_schedule", "recompute_advantages")
+"""Settings beside ``ppo`` that another algorithm refuses."""
+
 UNDISTURBED = 6_000
 """Steps that each environment is left alone at least, by default, before it starts anew for the sake of exact resumes."""
 
@@ -61,7 +66,7 @@ class ControlConfig:
     preset: str = "none"
     """Which row of the table of presets these settings started from; `bridle train` begins with it and lets flags win. "auto":
     the environment's own row, else that of its kind; "none": the plain defaults."""
-    algorithm: Literal["ppo", "a2c", "trpo"] = "ppo"
+    algorithm: Algorithm = "ppo"
     """Clipped surrogate with several epochs a rollout, the plain actor–critic with one step a rollout, or one natural gradient
     step of the actor inside a trust region."""
     total_steps: int = 100_000
@@ -136,7 +141,8 @@ class ControlConfig:
         if self.recompute_advantages and self.algorithm != "ppo":
             raise ConfigError.of("recompute_advantages", True, 'algorithm "ppo"', "the others see a rollout once")
         if self.clip_schedule == "linear" and (self.algorithm != "ppo" or self.ppo.clip is None):
-            raise ConfigError.of("clip_schedule", "linear", 'algorithm "ppo" with a clip')
+            remedy = "pass --clip-schedule constant"
+            raise ConfigError.of("clip_schedule", "linear", 'algorithm "ppo" with a clip', remedy)
         if self.algorithm == "ppo" and self.ppo.kl_loss != "none":
             raise ConfigError.of("ppo.kl_loss", self.ppo.kl_loss, '"none"', "an agent in a world has no reference")
 
@@ -225,7 +231,8 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
                 metrics = learner.metrics(rollout, updates)
                 session.record(step, {**metrics, **scores})
                 session.run.timing(step, seconds=elapsed, steps_per_second=rollout.steps / elapsed)
-                shown = {"KL": metrics["old_kl"], "explained_variance": metrics["explained_variance"]}
+                moved = {} if config.algorithm == "a2c" else {"KL": metrics["old_kl"]}  # A2C looks at a rollout once
+                shown = {**moved, "explained_variance": metrics["explained_variance"]}
             speed = round(rollout.steps / elapsed)
             if learner.progress.recent:
                 shown = {"return": learner.progress.recent_return, **shown}
@@ -270,20 +277,23 @@ def _check_gap(first: UpdateStep) -> None:
         )
 
 
-def default_config(env: str, *, preset: str = "auto", world: WorldSettings | None = None) -> ControlConfig:
+def default_config(
+    env: str, *, preset: str = "auto", algorithm: Algorithm = "ppo", world: WorldSettings | None = None
+) -> ControlConfig:
     """Settings to start from in ``env``: those of ``preset``, in a run directory that is still free.
 
     Args:
         env: id of the environment.
         preset: "auto" takes the environment's own row of the table, else its kind's; "none" is the plain defaults; any
             other name is a row.
+        algorithm: of another than "ppo" the settings leave out what a row says of PPO alone.
         world: arguments and wrappers, which may change the kind.
 
     Raises:
         ConfigError: there is no such preset.
         WorldError: the environment cannot be made.
     """
-    config = ControlConfig(env=env, preset="none", run=RunSettings(dir=_free_directory(env)))
+    config = ControlConfig(env=env, preset="none", algorithm=algorithm, run=RunSettings(dir=_free_directory(env)))
     known = ("auto", "none", *KINDS, *PRESETS)
     if preset not in known:
         near = get_close_matches(preset, known, 1)
@@ -292,7 +302,8 @@ def default_config(env: str, *, preset: str = "auto", world: WorldSettings | Non
         return config
     kind = preset if preset in KINDS else kind_of(env, world or config.world)
     name = env if preset == "auto" and env in PRESETS else kind if preset == "auto" else preset
-    changes = merged(KINDS[kind], PRESETS.get(name, {}))
+    row = merged(KINDS[kind], PRESETS.get(name, {}))
+    changes = {field: value for field, value in row.items() if algorithm == "ppo" or field not in PPO_ONLY}
     return from_dict(ControlConfig, merged(to_dict(config), {**changes, "preset": name}))
 
 
@@ -304,12 +315,16 @@ class Start:
     """Id of the environment."""
     preset: str = "auto"
     """A row of the table of presets."""
+    algorithm: Algorithm = "ppo"
+    """What learns; a row's settings of PPO are for PPO alone."""
     world: WorldSettings = field(default_factory=WorldSettings)
     """The environments."""
 
     def settings(self) -> ControlConfig | None:
         """Return the preset's settings; None without an environment."""
-        return None if self.env is None else default_config(self.env, preset=self.preset, world=self.world)
+        if self.env is None:
+            return None
+        return default_config(self.env, preset=self.preset, algorithm=self.algorithm, world=self.world)
 
 
 def kind_of(env: str, settings: WorldSettings) -> str:
@@ -349,7 +364,7 @@ def train(env: str | GivenWorld, *, preset: str = "auto", resume: bool = False, 
         preset = "none"
     asked = json.loads(json.dumps(settings, default=str))
     world = from_dict(WorldSettings, asked["world"]) if isinstance(asked.get("world"), dict) else None
-    start = to_dict(default_config(name, preset=preset, world=world))
+    start = to_dict(default_config(name, preset=preset, algorithm=asked.get("algorithm", "ppo"), world=world))
     config = from_dict(ControlConfig, merged(start, asked))
     path = run(config, resume=resume, world=None if isinstance(env, str) else env)
     own = None if config.network.factory is None else partial(build_policy, settings=config.network, seed=0)
