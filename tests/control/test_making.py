@@ -176,6 +176,8 @@ def test_a_vector_environment_of_the_users_own(given: Any) -> None:
 def test_anything_else_given_is_refused() -> None:
     with pytest.raises(WorldError, match="is Endless; expected a gymnasium"):
         make_world(worlds.Endless, WorldSettings())  # type: ignore[arg-type]
+    with pytest.raises(WorldError, match="is Endless; expected an id, a gymnasium"):
+        make_world(worlds.Endless(), WorldSettings())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ def figures(runs: Path, tmp_path: Path, *options: str) -> dict[str, object]:
     return found
 
 
+def test_a_policy_is_judged_through_its_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(runs / "cart" / "policy")]) == 2
+    assert "policy is an agent's policy without its run; evaluate the run" in capsys.readouterr().err
+
+
 def test_any_kept_policy_can_be_judged(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cart = str(runs / "cart")
     kept = [checkpoint.step for checkpoint in Run.open(runs / "cart").checkpoints()]

@@ -113,6 +113,8 @@ def _run_job(name: str, arguments: Sequence[str]) -> None:
     with _finding_modules_here():
         default = _start(command, arguments)
     config = parse(config_class, arguments, program=f"bridle {name}", positional=command.positional, default=default)
+    if command.starting is not None and default is None:
+        raise UserError(f"bridle {name} needs an environment; for instance: bridle {name} CartPole-v1")
     _call(command, run, config, resume=False)
 
 

@@ -224,7 +224,7 @@ def _make_pool(env: str, settings: WorldSettings) -> VectorEnv[Any, Any, Any]:
     try:
         pool = importlib.import_module("envpool")
     except ModuleNotFoundError as error:
-        raise WorldError("vectorization 'envpool' needs it; pip install 'bridle[envpool]'") from error
+        raise WorldError(f"{env}: envpool is not installed; pip install 'bridle[envpool]'") from error
     name, arguments = env.removeprefix("ALE/"), settings.arguments
     if is_atari(env):
         arguments = {**envpool_arguments(settings.atari), **arguments}
@@ -241,10 +241,12 @@ def _make_pool(env: str, settings: WorldSettings) -> VectorEnv[Any, Any, Any]:
 
 
 def _given(env: GivenWorld) -> World:
+    expected = "a gymnasium.vector.VectorEnv, or a function that makes one"
+    if not callable(env) and not isinstance(env, VectorEnv):
+        raise WorldError(f"the environment given is {type(env).__name__}; expected an id, {expected}")
     with foreign("the environment given", "making it"):
         envs: object = env if isinstance(env, VectorEnv) else env()
     if not isinstance(envs, VectorEnv):
-        expected = "a gymnasium.vector.VectorEnv, or a function that makes one"
         raise WorldError(f"the environment given is {type(envs).__name__}; expected {expected}")
     name = envs.spec.id if envs.spec is not None else type(envs.unwrapped).__name__
     return World(name, envs, form="as it was given")

@@ -109,6 +109,13 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> Path:
         if found.job != "sft":
             raise RunError(f"{folder} is a run of {found.job}; evaluate a run of ppo, sft or train, or a model folder")
         return _language(config, str(newest_policy(found)), None)
+    if (folder / "policy.json").is_file():
+        raise RunError(f"{folder} is an agent's policy without its run; evaluate the run: bridle evaluate RUN")
+    if not (folder / "config.json").is_file() and config.reward_model is None and not config.functions:
+        raise RunError(
+            f"{config.target} is not a run, and judging a model needs --functions or --reward-model; "
+            "`bridle runs` lists the runs there are"
+        )
     return _language(config, config.target, None)
 
 
