@@ -91,6 +91,14 @@ def test_columns_and_units_of_a_part_belong_to_its_actions() -> None:
         assert float(part.weights.sum()) == pytest.approx(1.0)
 
 
+def test_a_unit_without_actions_beside_one_of_two() -> None:
+    """As many actions as units, and yet not one each."""
+    units = Draws((torch.tensor([], dtype=torch.int64), torch.tensor([0, 1])))
+    batch = batch_of(Table([0.3, 0.0, -0.4]), units, torch.arange(2, dtype=torch.float64))
+    parts = parts_of(batch, 2, torch.tensor([1, 0]))
+    assert [part.actions.tolist() for _, _, part in parts] == [[0, 1], []]
+
+
 def test_order_is_a_function_of_seed_step_and_epoch() -> None:
     def order(seed: int, step: int, epoch: int) -> tuple[int, ...]:
         return tuple(epoch_order(50, seed=seed, step=step, epoch=epoch).tolist())

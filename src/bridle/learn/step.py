@@ -197,7 +197,7 @@ def minibatches(
     index = torch.arange(number) if order is None else order
     units = batch.units if order is None else batch.units.select(order)
     cuts = [number * (part + 1) // count for part in range(count)]
-    if len(batch) == number:  # one action in each unit: their positions are the units'
+    if bool((units.sizes == 1).all()):  # their actions' positions are the units' own
         actions, ends = index, cuts
     else:
         actions, ends = batch.actions_of(index), units.sizes.cumsum(0)[[cut - 1 for cut in cuts]].tolist()
