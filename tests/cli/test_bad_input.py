@@ -316,7 +316,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*SFT, "--data.path", "one.jsonl"), "one.jsonl: nothing is left to learn; lower evaluation.share or give more"),
     ((*SFT, "--max-tokens", "999"), "max_tokens=999: expected at most the model's context of 64 tokens"),
     ((*REWARD, "--data.path", "one.jsonl"), "too few prompts (1) to train on some and hold others out; raise"),
-    ((*REWARD, "--data.path", "margin.jsonl"), "margin.jsonl line 1: 'margin' is text, expected a finite number >= 0"),
+    (
+        (*REWARD, "--data.path", "margin.jsonl"),
+        "margin.jsonl line 1: 'margin' is text, expected a number from 0 to 1e+06",
+    ),
     ((*REWARD, "--kind", "rankings", "--data.path", "one-answer.jsonl"), "1 answers; a ranking needs at least 2"),
     ((*REWARD, "--kind", "rankings", "--data.path", "answer-text.jsonl"), "is text, expected a list of texts"),
     ((*REWARD, "--model.path", "pad-eos"), "pad needs a token of its own; add one: --model.pad-token '<|pad|>'"),

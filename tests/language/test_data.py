@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -373,3 +374,34 @@ def test_collate_pairs_each_target_with_the_position_before_it() -> None:
     ]
     assert list(zip(batch.rows.tolist(), batch.columns.tolist(), batch.targets.tolist(), strict=True)) == expected
     assert batch.input_ids[0].tolist() == [*items[0].ids.tolist(), 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("half.jsonl", '{"prompt": "\\ud800", "answer": "b"}', "line 1: 'prompt' holds half of a surrogate pair"),
+        ("half.jsonl", '{"prompt": "a", "answer": "x\\udfff"}', "line 1: 'answer' holds half of a surrogate pair"),
+        ("twice.jsonl", '{"prompt": "a", "prompt": "b", "answer": "c"}', "line 1 has the key 'prompt' twice"),
+        ("digits.jsonl", '{"prompt": "a", "answer": ' + "9" * 5000 + "}", "line 1 holds a number that is too long"),
+        ("twice.csv", "prompt,answer,prompt\na,b,c\n", "the header names 'prompt' twice"),
+    ],
+)
+def test_what_json_lets_pass_and_no_text_can_be(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as refused:
+        read_demonstrations(DataSettings(path=str(tmp_path / name)))
+    assert words in str(refused.value)
+
+
+def test_a_whole_character_beyond_the_first_plane_is_read(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"prompt": "\\ud83d\\ude00", "answer": "é"}')
+    (record,) = read_demonstrations(DataSettings(path=str(tmp_path / "d.jsonl"))).items
+    assert record == Demonstration(prompt="😀", answer="é", place=f"{tmp_path / 'd.jsonl'} line 1")
+
+
+def test_a_pipe_is_no_file_of_records(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="is no regular file"):
+        read_demonstrations(DataSettings(path=str(tmp_path / "pipe.jsonl")))
+    with pytest.raises(DataError, match=r"\.\.\. cannot be reached: File name too long"):
+        read_demonstrations(DataSettings(path="x" * 300 + ".jsonl"))

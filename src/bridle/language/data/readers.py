@@ -7,9 +7,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import IO, Literal, cast
 
 from bridle.errors import ConfigError, DataError
@@ -81,7 +83,15 @@ class Row:
         value = self[column]
         if not isinstance(value, str):
             raise self.wrong(column, value, "text")
-        return value
+        return self.whole(column, value)
+
+    def whole(self, column: str, text: str) -> str:
+        """Return ``text`` of a column if every character is one; JSON's escapes can write half of a surrogate pair."""
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(
+                f"{self.place}: {column!r} holds half of a surrogate pair (\\ud800 …); write the character whole"
+            )
+        return text
 
     def wrong(self, column: str, value: object, expected: str) -> DataError:
         """Make the error for a column of the wrong type."""
@@ -99,26 +109,40 @@ def read_rows(settings: DataSettings) -> tuple[Row, ...]:
     Raises DataError in one line: no such file, a folder, another kind of file, not UTF-8, a malformed line (with its
     number), something that is no record, or nothing at all.
     """
-    path = Path(settings.path).expanduser()
-    if path.is_dir():
-        inside = sorted(file.name for file in path.iterdir() if _kind(file) is not None)
+    with _reachable(settings.path):
+        path = Path(settings.path).expanduser()
+        mode = path.stat().st_mode if path.exists() else None
+        inside = sorted(file.name for file in path.iterdir() if _kind(file) is not None) if path.is_dir() else []
+    if mode is not None and S_ISDIR(mode):
         remedy = f"name one of its files ({', '.join(inside[:5])})" if inside else "name a file"
         raise DataError(f"{settings.path} is a folder; {remedy}")
     kind = _kind(path)
-    if kind is None and not path.exists() and path.suffix == "" and settings.path.count("/") <= 1:
+    if kind is None and mode is None and path.suffix == "" and settings.path.count("/") <= 1:
         rows = _hub_rows(settings.path, settings.subset, settings.split)
-    elif not path.exists():
+    elif mode is None:
         raise DataError(f"{settings.path}: no such file")
     elif kind is None:
         raise DataError(
             f"{settings.path}: unknown kind of file; known are {', '.join(_SUFFIXES)}, the text ones also .gz"
         )
+    elif not S_ISREG(mode):
+        raise DataError(f"{settings.path} is no regular file (a pipe or a device); save the records in one")
     else:
         rows = _file_rows(path, kind)
     found = tuple(islice(rows, settings.limit))
     if not found:
         raise DataError(f"{settings.path} holds no records")
     return found
+
+
+@contextmanager
+def _reachable(name: str) -> Iterator[None]:
+    """Tell why a path cannot even be asked for: a folder that may not be entered, a name too long."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{name if len(name) <= 80 else name[:77] + '...'} cannot be reached: {reason}") from error
 
 
 def _kind(path: Path) -> str | None:
@@ -154,13 +178,25 @@ def _decode(line: bytes, place: str) -> str:
 
 
 def _parse(text: str, place: str) -> object:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{place} has the key {twice!r} twice; which of them counts cannot be told: keep one")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         where = f"{place} line {error.lineno}" if error.lineno > 1 else place
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise DataError(f"{place} is nested too deeply") from error
+    except DataError:
+        raise
+    except ValueError as error:  # Python reads no whole number beyond 4,300 digits
+        raise DataError(f"{place} holds a number that is too long: {error}") from error
 
 
 def _row(value: object, place: str) -> Row:
@@ -196,6 +232,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             header = next(reader, None)
             if header is None:
                 return
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise DataError(f"{path}: the header names {twice[0]!r} twice; give each column its own name")
             for fields in reader:
                 place = f"{path} line {reader.line_num}"
                 if fields and len(fields) != len(header):

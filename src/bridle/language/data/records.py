@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -29,6 +28,8 @@ Text = str | tuple[Message, ...]
 """A prompt: plain text, or the messages so far."""
 
 R = TypeVar("R")
+LARGEST_MARGIN = 1e6
+"""Scores are of size one: a larger margin is a slip, and no loss could be fitted to it."""
 _TURN = "\n\nAssistant:"
 _MESSAGES = 'a list of messages: [{"role": …, "content": …}, …]'
 
@@ -173,6 +174,7 @@ def read_rankings(settings: DataSettings) -> Records[Ranking]:
         answers = row[settings.answers]
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise row.wrong(settings.answers, answers, "a list of texts, best first")
+        answers = [row.whole(settings.answers, answer) for answer in answers]
         if len(answers) < 2:
             raise DataError(
                 f"{row.place}: {settings.answers!r} holds {len(answers)} answers; a ranking needs at least 2"
@@ -204,7 +206,7 @@ def _ended(row: Row, column: str, count: int) -> tuple[bool, ...] | None:
 def _prompt(row: Row, column: str) -> Text:
     value = row[column]
     if isinstance(value, str):
-        return value
+        return row.whole(column, value)
     if not isinstance(value, list | tuple):
         raise row.wrong(column, value, f"text or {_MESSAGES}")
     return _messages(row, column)
@@ -221,7 +223,7 @@ def _messages(row: Row, column: str) -> tuple[Message, ...]:
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{row.place}: turn {len(messages) + 1} of {column!r} is no message; expected {_MESSAGES}")
-        messages.append(Message(role=role, content=content))
+        messages.append(Message(role=row.whole(column, role), content=row.whole(column, content)))
     return tuple(messages)
 
 
@@ -229,10 +231,10 @@ def _margin(row: Row, column: str) -> float:
     value = row.values.get(column, 0.0)
     try:  # a CSV file holds text only
         margin = float(value) if isinstance(value, int | float | str) else -1.0
-    except ValueError:
+    except (ValueError, OverflowError):
         margin = -1.0
-    if not 0 <= margin < math.inf:
-        raise row.wrong(column, value, "a finite number >= 0")
+    if isinstance(value, bool) or not 0 <= margin <= LARGEST_MARGIN:
+        raise row.wrong(column, value, f"a number from 0 to {LARGEST_MARGIN:g}, in units of score")
     return margin
 
 
