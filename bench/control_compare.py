@@ -84,8 +84,9 @@ def config_of(env: str, method: str, choice: dict[str, float], seed: int, share:
         total_steps=int(steps * share),
         world=WorldSettings(num_envs=ENVIRONMENTS),
         optim=OptimSettings(lr=choice["lr"], schedule="linear", eps=1e-5, max_grad_norm=0.5),
+        restart_every=0,
         evaluation=EvaluationSettings(every=0, final_episodes=30 if share == 1.0 else 5),
-        run=RunSettings(dir=place, seed=seed, threads=1, quiet=True, checkpoint_every=10**6),
+        run=RunSettings(dir=place, seed=seed, threads=1, quiet=True, checkpoint_minutes=1e6),
         **settings,
     )
     match method:

@@ -55,11 +55,13 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 def measure(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train once and tell how it went."""
     with tempfile.TemporaryDirectory() as folder:
-        place = RunSettings(dir=Path(folder) / "run", seed=seed, threads=1, quiet=True, checkpoint_every=10**6)
+        place = RunSettings(dir=Path(folder) / "run", seed=seed, threads=1, quiet=True, checkpoint_minutes=1e6)
         judged = EvaluationSettings(every=0)
         every = 100 if settings.get("n_steps") == 1 else 10 if settings.get("algorithm") == "a2c" else 1
         started = time.process_time()
-        rows = Run.open(run(ControlConfig(run=place, evaluation=judged, record_every=every, **settings))).metrics()
+        rows = Run.open(
+            run(ControlConfig(run=place, evaluation=judged, record_every=every, restart_every=0, **settings))
+        ).metrics()
         seconds = time.process_time() - started
     returns = [(row["actions"], row["return_of_last_100"]) for row in rows if row["episodes"] >= 100]
     return {

@@ -56,8 +56,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A job ``toy`` that records its steps; ``failure``, if set, is raised at step 2."""
     module = ModuleType("bridle.jobs.toy")
 
-    def run(config: ToyConfig, *, resume: bool = False) -> Path:
-        with open_session("toy", config, config.run, resume=resume) as session:
+    def run(config: ToyConfig, *, resume: bool = False, force: bool = False) -> Path:
+        with open_session("toy", config, config.run, resume=resume, force=force) as session:
             for step in session.steps(config.steps):
                 session.record(step, {"reward": step / 2})
                 if step == 2 and module.failure is not None:
@@ -129,7 +129,7 @@ def test_the_positional_may_also_be_named(toy: ModuleType, bridle: Bridle) -> No
         (("resume",), "bridle resume takes one path, not 0; for instance: bridle resume runs/first"),
         (("resume", "a", "b"), "takes one path, not 2"),
         (("resume", "nothing"), "nothing does not exist"),
-        (("resume", "--steps"), "bridle resume takes no options"),
+        (("resume", "--steps"), "bridle resume takes no option but --force"),
         (("runs", "nothing"), "nothing is not a directory"),
     ],
 )
@@ -204,7 +204,7 @@ def test_resume_goes_on_also_after_the_run_was_moved(toy: ModuleType, bridle: Br
     [
         ('"job": "toy"', '"job": "tea"', "is a run of 'tea', unknown to this bridle"),
         ('"steps": 3', '"stteps": 3', "stteps is not a setting of ToyConfig; did you mean steps?"),
-        ('"format": 1', '"format": 2', "not of run format 1"),
+        ('"format": 1', '"format": 2', "of format 2, and this bridle reads 1; use a newer bridle"),
         ('"run": {', '"run": 3, "x": {', "lacks the run's settings"),
     ],
 )

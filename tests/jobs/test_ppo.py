@@ -204,7 +204,8 @@ def test_a_resume_with_another_model_or_other_prompts_is_refused(world: Path, tm
         else:
             rows = (own / name).read_text().splitlines(keepends=True)
             (own / name).write_text("".join(rows[::-1]))
-        with pytest.raises(RunError, match="started with"):
+        what = "model: the content of model.safetensors" if name == "model" else "prompts.path: the content of prompts"
+        with pytest.raises(RunError, match=f"^{what}.* and was .* put it back as it was, or `bridle resume"):
             run(config(own, own / "run"), resume=True)
 
 

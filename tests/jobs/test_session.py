@@ -25,9 +25,11 @@ class ToyConfig:
     rate: float = 0.5
 
 
-def toy(config: ToyConfig, *, resume: bool = False, at: Callable[[int, Session], None] | None = None) -> Path:
+def toy(
+    config: ToyConfig, *, resume: bool = False, force: bool = False, at: Callable[[int, Session], None] | None = None
+) -> Path:
     """A job whose state is one number, which depends on every step before."""
-    with open_session("toy", config, config.run, resume=resume) as session:
+    with open_session("toy", config, config.run, resume=resume, force=force) as session:
         state = 1.0
 
         def save(folder: Path) -> None:
@@ -174,7 +176,7 @@ def test_resume_refuses_other_settings_but_not_another_place(tmp_path: Path) -> 
     with pytest.raises(RunError, match="is a run of toy, not of other"):
         open_session("other", config, config.run, resume=True)
     moved = config.run.dir.rename(tmp_path / "moved")
-    toy(replace(config, run=replace(config.run, dir=moved, checkpoint_every=3, threads=1)), resume=True)
+    toy(replace(config, run=replace(config.run, dir=moved, checkpoint_every=3)), resume=True)
     assert Run.open(moved).state() is RunState.FINISHED
 
 
@@ -204,6 +206,9 @@ def test_automatic_choices_are_resolved_in_config_json(tmp_path: Path) -> None:
     [
         ({"checkpoint_every": 0}, r"run\.checkpoint_every=0"),
         ({"keep_checkpoints": 0}, r"run\.keep_checkpoints=0"),
+        ({"checkpoint_minutes": 0.0}, r"run\.checkpoint_minutes=0\.0"),
+        ({"keep_every": 0}, r"run\.keep_every=0"),
+        ({"keep_best": "-"}, r"run\.keep_best='-'"),
         ({"threads": 0}, r"run\.threads=0"),
         ({"seed": -1}, r"run\.seed=-1"),
     ],
@@ -240,3 +245,125 @@ def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_numbers_are_shown_short() -> None:
     numbers = {"reward": 0.123456, "KL_to_ref": 31.0, "clip": "8 %", "n": 12345, "lr": 1e-6}
     assert format_numbers(numbers) == "reward 0.123 | KL to ref 31 | clip 8 % | n 12345 | lr 1e-06"
+
+
+def begun(tmp_path: Path, **changes: object) -> ToyConfig:
+    """A toy that was stopped after step 6, with checkpoints at 4 and 6."""
+    config = ToyConfig(run=settings(tmp_path, threads=1, **changes))
+    with pytest.raises(Stopped):
+        toy(config, at=interrupt(6))
+    return config
+
+
+def test_resume_refuses_another_number_of_threads_and_names_it(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    more = replace(config, run=replace(config.run, threads=2))
+    with pytest.raises(RunError) as caught:
+        toy(more, resume=True)
+    assert str(caught.value) == (
+        f"threads is 2 and was 1 when {config.run.dir} was started, so it would not go on as the same run to the bit; "
+        f"set OMP_NUM_THREADS=1, or `bridle resume {config.run.dir} --force`"
+    )
+    assert Run.open(config.run.dir).events()[-1]["kind"] == "stop"  # and nothing was touched
+    toy(config, resume=True)
+
+
+def test_force_goes_on_and_records_what_changed(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    other = replace(config, rate=0.25, run=replace(config.run, threads=2))
+    toy(other, resume=True, force=True)
+    run = Run.open(config.run.dir)
+    (event,) = [event for event in run.events() if event["kind"] == "forced"]
+    assert event["changes"] == ["rate=0.25 is another setting", "threads is 2 and was 1"]
+    head = load_json(config.run.dir / "config.json")
+    assert isinstance(head, dict)
+    (lineage,) = head["lineage"]  # type: ignore[misc]
+    assert (lineage["after_step"], lineage["changes"]) == (6, event["changes"])  # type: ignore[index,call-overload]
+    assert run.config["rate"] == 0.25
+    assert run.depends["machine"]["threads"] == 2  # type: ignore[index,call-overload]
+
+
+def test_force_with_nothing_changed_records_nothing(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    toy(config, resume=True, force=True)
+    assert "forced" not in [event["kind"] for event in Run.open(config.run.dir).events()]
+
+
+def test_the_clock_saves_between_the_counted_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("bridle.jobs.session.time.monotonic", lambda: now[0])
+
+    def wait(step: int, _: Session) -> None:
+        now[0] += 25.0  # seconds a step; a minute is over in the third
+
+    config = ToyConfig(run=settings(tmp_path, checkpoint_every=None, checkpoint_minutes=1.0, keep_checkpoints=9))
+    toy(config, at=wait)
+    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [3, 6, 9, 10]
+
+
+def test_by_default_little_is_lost_and_short_runs_are_saved_once(tmp_path: Path) -> None:
+    assert RunSettings(dir=tmp_path).checkpoint_minutes <= 9
+    config = ToyConfig(run=settings(tmp_path, checkpoint_every=None))
+    toy(config)
+    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [10]
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [("state", [4, 8, 9, 10]), ("-state", [1, 4, 8, 9, 10]), (None, [4, 8, 9, 10])]
+)
+def test_checkpoints_stay_by_age_by_number_and_by_metric(tmp_path: Path, best: str | None, kept: list[int]) -> None:
+    config = ToyConfig(run=settings(tmp_path, checkpoint_every=1, keep_checkpoints=2, keep_every=4, keep_best=best))
+    toy(config)
+    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == kept  # the state grows with every step
+
+
+def test_the_best_checkpoint_is_still_known_after_a_resume(tmp_path: Path) -> None:
+    config = begun(tmp_path, checkpoint_every=1, keep_checkpoints=1, keep_best="-state")
+    toy(config, resume=True)
+    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [1, 10]
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = ToyConfig(run=settings(tmp_path / "whole"))
+    toy(whole)
+    config = begun(tmp_path, quiet=False)
+    (config.run.dir / "checkpoints/step-6/state.json").write_text("7.0\n")
+    capsys.readouterr()
+    toy(config, resume=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert said == [f"damaged, moved to {config.run.dir / 'faults'}: step-6; going on after step 4"]
+    assert "checkpoint_skipped" in [event["kind"] for event in Run.open(config.run.dir).events()]
+    assert (config.run.dir / "metrics.jsonl").read_bytes() == (whole.run.dir / "metrics.jsonl").read_bytes()
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_thrown_away_unasked(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    for step in (4, 6):
+        (config.run.dir / f"checkpoints/step-{step}/state.json").unlink()
+    with pytest.raises(RunError, match=r"no checkpoint is whole \(step-4, step-6 damaged\).*--force"):
+        toy(config, resume=True)
+    assert len(Run.open(config.run.dir).metrics()) == 6
+    toy(config, resume=True, force=True)
+    assert Run.open(config.run.dir).state() is RunState.FINISHED
+
+
+def test_a_mistake_on_resume_throws_no_run_away(tmp_path: Path) -> None:
+    """Without a checkpoint a resume begins again: its records are gone then, and the run must still be there."""
+    config = ToyConfig(run=settings(tmp_path, checkpoint_every=None))
+
+    def crash(step: int, _: Session) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        toy(config, at=crash)
+
+    def mistake(step: int, session: Session) -> None:
+        session.run.rewind(-1)
+        raise DataError("line 3 is malformed")
+
+    with pytest.raises(DataError):
+        toy(config, resume=True, at=mistake)
+    toy(config, resume=True)
+    assert Run.open(config.run.dir).state() is RunState.FINISHED

@@ -55,7 +55,8 @@ def test_open_says_what_is_wrong(tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         ("\x00", "is not valid JSON"),
         ("[]", "not of run format 1"),
-        ('{"format": 99}', "not of run format 1"),
+        ('{"format": 99}', "of format 99, and this bridle reads 1; use a newer bridle"),
+        ('{"format": 0}', "not of run format 1"),
         ('{"format": 1, "job": "toy"}', "lacks job, config or resolved"),
     ]:
         (tmp_path / "config.json").write_text(content)

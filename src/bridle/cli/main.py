@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ COMMANDS = {
 """What each job command runs."""
 
 _OTHERS = {
-    "resume": "go on with a run from its newest checkpoint: bridle resume RUN",
+    "resume": "go on with a run from its newest checkpoint: bridle resume RUN [--force]",
     "runs": "list the runs under a directory (default: runs): bridle runs [DIR]",
 }
 
@@ -115,7 +116,7 @@ def _run_job(name: str, arguments: Sequence[str]) -> None:
     config = parse(config_class, arguments, program=f"bridle {name}", positional=command.positional, default=default)
     if command.starting is not None and default is None:
         raise UserError(f"bridle {name} needs an environment; for instance: bridle {name} CartPole-v1")
-    _call(command, run, config, resume=False)
+    _call(command, partial(run, config))
 
 
 def _start(command: JobCommand, arguments: Sequence[str]) -> object | None:
@@ -129,10 +130,10 @@ def _start(command: JobCommand, arguments: Sequence[str]) -> object | None:
     return None if first is None else first.settings()
 
 
-def _call(command: JobCommand, run: Callable[..., Path], config: object, *, resume: bool) -> None:
+def _call(command: JobCommand, run: Callable[[], Path]) -> None:
     try:
         with _finding_modules_here():
-            print(run(config, resume=resume))
+            print(run())
     except ModuleNotFoundError as error:
         raise command.missing(error) from None
 
@@ -151,17 +152,21 @@ def _finding_modules_here() -> Iterator[None]:
 def _one_path(name: str, arguments: Sequence[str], default: str | None) -> Path | None:
     """Read the one path that ``resume`` and ``runs`` take; None after ``--help``."""
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"usage: bridle {name} {'RUN' if default is None else '[DIR]'}\n\n{_OTHERS[name]}")
+        print(f"usage: bridle {name} {'RUN [--force]' if default is None else '[DIR]'}\n\n{_OTHERS[name]}")
+        if name == "resume":
+            print("\n  --force     go on also where it cannot be the same run to the bit, and record why")
         return None
     if any(argument.startswith("-") for argument in arguments):
-        raise UserError(f"bridle {name} takes no options; give it a path only")
+        allowed = "no option but --force" if name == "resume" else "no options; give it a path only"
+        raise UserError(f"bridle {name} takes {allowed}")
     if len(arguments) > 1 or (not arguments and default is None):
         raise UserError(f"bridle {name} takes one path, not {len(arguments)}; for instance: bridle {name} runs/first")
     return Path(arguments[0] if arguments else default or "")
 
 
 def _resume(arguments: Sequence[str]) -> None:
-    path = _one_path("resume", arguments, None)
+    force = "--force" in arguments
+    path = _one_path("resume", [argument for argument in arguments if argument != "--force"], None)
     if path is None:
         return
     from bridle.runs import Run, RunState
@@ -180,7 +185,7 @@ def _resume(arguments: Sequence[str]) -> None:
     if not isinstance(settings, dict):
         raise RunError(f"{path / 'config.json'} lacks the run's settings; restore it or start a new run")
     here = {**run.config, "run": {**settings, "dir": str(path)}}
-    _call(commands[0], job, from_dict(config_class, here), resume=True)
+    _call(commands[0], partial(job, from_dict(config_class, here), resume=True, force=force))
 
 
 def _runs(arguments: Sequence[str]) -> None:

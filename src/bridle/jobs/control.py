@@ -34,6 +34,7 @@ from bridle.jobs.config import from_dict, to_dict
 from bridle.jobs.learner import Learner
 from bridle.jobs.presets import KINDS, PRESETS, merged
 from bridle.jobs.session import RunSettings, Session, open_session
+from bridle.jobs.sources import of_world
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
@@ -52,6 +53,9 @@ Algorithm = Literal["ppo", "a2c", "trpo"]
 
 PPO_ONLY = ("clip_schedule", "recompute_advantages")
 """Settings beside ``ppo`` that another algorithm refuses."""
+
+RESTART_GRAIN = 50
+"""By default the updates between two restarts of the environments are a multiple of this."""
 
 UNDISTURBED = 6_000
 """Steps that each environment is left alone at least, by default, before it starts anew for the sake of exact resumes."""
@@ -102,7 +106,7 @@ class ControlConfig:
     """Evaluate the rollout's values and advantages again with the present critic before each of PPO's epochs."""
     restart_every: int | None = None
     """Updates after which the environments start anew; a resume from a checkpoint at such an update is exact. 0: never. By
-    default a multiple of run.checkpoint_every that leaves each environment at least 6,000 steps."""
+    default a multiple of 50 that leaves each environment at least 6,000 steps."""
     record_every: int = 1
     """Updates between two records."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -151,8 +155,7 @@ class ControlConfig:
         """Updates after which the environments start anew; 0 if never."""
         if self.restart_every is not None:
             return self.restart_every
-        saved = self.run.checkpoint_every
-        return saved * math.ceil(UNDISTURBED / (saved * self.n_steps))
+        return RESTART_GRAIN * math.ceil(UNDISTURBED / (RESTART_GRAIN * self.n_steps))
 
     @property
     def evaluation_updates(self) -> int:
@@ -167,12 +170,13 @@ class ControlConfig:
         return max(self.n_steps, self.world.num_envs * (self.n_steps // 2))
 
 
-def run(config: ControlConfig, *, resume: bool = False, world: GivenWorld | None = None) -> Path:
+def run(config: ControlConfig, *, resume: bool = False, force: bool = False, world: GivenWorld | None = None) -> Path:
     """Train an agent; return the run's directory, whose ``policy`` folder holds it.
 
     Args:
         config: what to do.
         resume: go on with the run at ``config.run.dir``.
+        force: do so also where it cannot be the same run to the bit.
         world: a vector environment of the user's own, or a function that makes one, instead of ``config.env``. A function
             is called twice, for training and for evaluation; a vector environment serves both, so training episodes
             start anew after each evaluation.
@@ -191,7 +195,8 @@ def run(config: ControlConfig, *, resume: bool = False, world: GivenWorld | None
         if config.algorithm == "trpo" and config.network.factory is None and config.network.shares(acted.observations):
             raise ConfigError.of("network.shared_trunk", config.network.shared_trunk, _APART, "images share by default")
         policy = build_policy(acted.observations, acted.actions, config.network, seed=config.run.seed)
-        with open_session("control", config, config.run, resume=resume) as session:
+        sources = of_world(given, config.world, config.network.factory)
+        with open_session("control", config, config.run, sources=sources, resume=resume, force=force) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
             learner = Learner(config, policy.to(session.device), acted)
             learner.restore(session)
@@ -344,7 +349,9 @@ def _free_directory(env: str) -> Path:
     return next(path for path in numbered if not path.exists())
 
 
-def train(env: str | GivenWorld, *, preset: str = "auto", resume: bool = False, **settings: Any) -> Agent:
+def train(
+    env: str | GivenWorld, *, preset: str = "auto", resume: bool = False, force: bool = False, **settings: Any
+) -> Agent:
     """Train an agent and return it, ready to act; its run, with the same agent in ``policy``, lies in ``run["dir"]``.
 
         agent = bridle.train("CartPole-v1", total_steps=50_000, run={"dir": "runs/first"})
@@ -353,6 +360,7 @@ def train(env: str | GivenWorld, *, preset: str = "auto", resume: bool = False, 
         env: id of an environment, a vector environment, or a function that makes one.
         preset: what to start from, as ``bridle train --preset``; without an id, a kind or "none" (the default then).
         resume: go on with the run at ``run["dir"]``.
+        force: do so also where it cannot be the same run to the bit.
         **settings: fields of :class:`ControlConfig`; groups as mappings, ``ppo={"clip": 0.1}``.
 
     Raises:
@@ -366,6 +374,6 @@ def train(env: str | GivenWorld, *, preset: str = "auto", resume: bool = False, 
     world = from_dict(WorldSettings, asked["world"]) if isinstance(asked.get("world"), dict) else None
     start = to_dict(default_config(name, preset=preset, algorithm=asked.get("algorithm", "ppo"), world=world))
     config = from_dict(ControlConfig, merged(start, asked))
-    path = run(config, resume=resume, world=None if isinstance(env, str) else env)
+    path = run(config, resume=resume, force=force, world=None if isinstance(env, str) else env)
     own = None if config.network.factory is None else partial(build_policy, settings=config.network, seed=0)
     return load_policy(path / "policy", build=own)

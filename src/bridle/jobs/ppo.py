@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from bridle.core.divergence import AdaptiveCoefficient
 from bridle.core.moments import Moments
-from bridle.errors import ConfigError, DataError, RunError
+from bridle.errors import ConfigError, DataError
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
+from bridle.jobs.sources import LANGUAGE, of_data, of_functions, of_model
 from bridle.language.collect import Episode, PromptTokens, collect, prompts_of_step
 from bridle.language.data import DataSettings
 from bridle.language.evaluate import WithGold, assess
@@ -36,7 +36,8 @@ from bridle.learn.optim import Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep, summarise
 from bridle.runs import Checkpoint
-from bridle.runs.checkpoints import load_json, load_tensors, save_json, save_tensors
+from bridle.runs.checkpoints import load_tensors, save_tensors
+from bridle.runs.depends import Sources
 
 __all__ = ["EvaluationSettings", "PPOConfig", "open_prompts", "run"]
 
@@ -132,7 +133,7 @@ class PPOConfig:
         return replace(self.ppo, kl_loss=self.kl.estimator)
 
 
-def run(config: PPOConfig, *, resume: bool = False) -> Path:
+def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path:
     """Train, evaluate and save; return the run's directory.
 
     Raises:
@@ -141,7 +142,7 @@ def run(config: PPOConfig, *, resume: bool = False) -> Path:
     """
     world = _open(config)
     optimiser = Optimiser(world.roles.groups(config.actor, config.critic_optim), total_steps=config.steps)
-    with open_session("ppo", config, config.run, resume=resume) as session:
+    with open_session("ppo", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
         state = _restore(config, world, optimiser, session.checkpoint)
         for note in world.notes:
             session.say(note)
@@ -183,15 +184,22 @@ class _World:
     decode: Callable[[Tensor], str]
     notes: tuple[str, ...]
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the reference's weights and of the prompts, by which a resume knows that it goes on with the same."""
-        weights, prompts = sha256(), sha256()
-        for name, tensor in sorted(self.roles.reference.state_dict().items()):
-            weights.update(name.encode())
-            weights.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        for prompt in (*self.prompts, *self.held_out):
-            prompts.update(repr(prompt.ids.tolist()).encode())
-        return {"model": weights.hexdigest(), "prompts": prompts.hexdigest()}
+
+def _sources(config: PPOConfig) -> Sources:
+    judge, critic = config.reward.model, config.critic.reward_model
+    files = of_model("model", config.model)
+    for setting, folder in (("reward.model", judge), ("critic.reward_model", critic)):
+        files |= {} if folder is None else of_model(setting, ModelSettings(path=folder))
+    for setting, path in (
+        ("prompts", config.prompts.path),
+        ("evaluation", config.evaluation.path),
+        ("mix", config.mix.path),
+    ):
+        files |= of_data(f"{setting}.path", path)
+    judges = {"functions": config.reward.functions, "groups": config.reward.groups, "rankings": config.reward.rankings}
+    for setting, names in judges.items():
+        files |= of_functions(f"reward.{setting}", names)
+    return Sources(packages=LANGUAGE, files=files | of_functions("evaluation.gold", config.evaluation.gold))
 
 
 def _open(config: PPOConfig) -> _World:
@@ -326,7 +334,6 @@ class _State:
 
 def _save(world: _World, optimiser: Optimiser, state: _State, folder: Path) -> None:
     roles = world.roles
-    save_json(folder / "input.json", world.digests())
     roles.save_policy(folder / "policy")
     save_tensors(folder / "critic.safetensors", roles.policy.critic.state_dict())
     save_tensors(folder / "optimiser.safetensors", optimiser.state())
@@ -339,24 +346,13 @@ def _save(world: _World, optimiser: Optimiser, state: _State, folder: Path) -> N
 
 
 def _restore(config: PPOConfig, world: _World, optimiser: Optimiser, checkpoint: Checkpoint | None) -> _State:
-    """Return the state at the beginning, or what a checkpoint kept.
-
-    Raises:
-        RunError: the model or the prompts are not those that the run was started with.
-    """
+    """Return the state at the beginning, or what a checkpoint kept."""
     roles = world.roles
     controller = config.kl.controller()
     if checkpoint is None:
         coefficient = 0.0 if config.kl.where == "none" else config.kl.coefficient
         return _State(moments=Moments.empty(), kl_coefficient=coefficient, controller=controller)
     folder, device = checkpoint.path, str(roles.policy.device)
-    kept_input, own_input = load_json(folder / "input.json"), world.digests()
-    for name, where in (("model", config.model.path), ("prompts", config.prompts.path)):
-        if not isinstance(kept_input, Mapping) or kept_input.get(name) != own_input[name]:
-            raise RunError(
-                f"{where} is not the {name} that this run was started with, so it would not go on as the same run; "
-                "put it back, or start a new run"
-            )
     roles.restore_policy(str(folder / "policy"))
     roles.policy.critic.load_state_dict(load_tensors(folder / "critic.safetensors", device=device))
     optimiser.load_state(load_tensors(folder / "optimiser.safetensors", device=device))

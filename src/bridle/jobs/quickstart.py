@@ -143,7 +143,7 @@ def ppo_config(config: QuickstartConfig) -> ppo.PPOConfig:
     )
 
 
-def run(config: QuickstartConfig, *, resume: bool = False) -> Path:
+def run(config: QuickstartConfig, *, resume: bool = False, force: bool = False) -> Path:
     """Generate the data, run the three jobs, compare SFT with PPO; return the directory that holds it all.
 
     ``resume`` goes on where it stopped: what is finished stays as it is.
@@ -151,17 +151,17 @@ def run(config: QuickstartConfig, *, resume: bool = False) -> Path:
     root, scale = config.run.dir, config.scale
     began = time.perf_counter()
     known, unknown = orders(config.run.seed, scale.held_out)
-    with open_session("quickstart", config, config.run, resume=resume) as session:
+    with open_session("quickstart", config, config.run, resume=resume, force=force) as session:
         session.record(0, {"stages": len(STAGES)})
         session.say(f"1/4 a kitchen: {scale.demonstrations} demonstrations, {scale.prompts} prompts, a fresh model")
         _timed(session, 1, lambda: _write_world(config, session, known, unknown))
         session.say("2/4 supervised fine-tuning on the demonstrations, mistakes and all")
-        _timed(session, 2, lambda: _stage(sft.run, sft_config(config), root))
+        _timed(session, 2, lambda: _stage(sft.run, sft_config(config), root, force=force))
         session.say(f"3/4 a reward model from {rows.RANKED} ranked answers to each of {scale.ranked_prompts} prompts")
         _timed(session, 3, lambda: _write_rankings(config, session, known))
-        _timed(session, 4, lambda: _stage(reward.run, reward_config(config), root))
+        _timed(session, 4, lambda: _stage(reward.run, reward_config(config), root, force=force))
         session.say("4/4 PPO against the reward model, with a critic, GAE and a KL leash")
-        _timed(session, 5, lambda: _stage(ppo.run, ppo_config(config), root))
+        _timed(session, 5, lambda: _stage(ppo.run, ppo_config(config), root, force=force))
         outcome = Outcome(
             sft=_answered(root / "ppo", 0), ppo=_answered(root / "ppo", scale.ppo_steps), seed=session.seed
         )
@@ -180,13 +180,13 @@ def _timed(session: Session, step: int, stage: Callable[[], None]) -> None:
     session.run.timing(step, stage=STAGES[step - 1], seconds=round(time.perf_counter() - began, 2))
 
 
-def _stage(job: Callable[..., Path], config: _C, root: Path) -> None:
+def _stage(job: Callable[..., Path], config: _C, root: Path, *, force: bool) -> None:
     """Run one job unless it has finished; take it up where it stopped if it has begun."""
     begun = (config.run.dir / "config.json").is_file()
     if begun and Run.open(config.run.dir).state() is RunState.FINISHED:
         return
     try:
-        job(config, resume=begun)
+        job(config, resume=begun, force=force)
     except Stopped:
         raise Stopped(f"stopped; go on with: bridle resume {root}") from None
 

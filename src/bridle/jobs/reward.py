@@ -15,6 +15,7 @@ import torch
 from bridle.errors import ConfigError, DataError
 from bridle.jobs.config import to_dict
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
+from bridle.jobs.sources import LANGUAGE, of_data, of_model
 from bridle.language.comparisons import Comparison, encode_comparisons
 from bridle.language.data import DataSettings, Encoder, read_preferences, read_rankings
 from bridle.language.models import (
@@ -38,6 +39,7 @@ from bridle.language.reward_model import (
 )
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.runs.checkpoints import load_json, load_tensors, save_json, save_tensors
+from bridle.runs.depends import Sources
 from bridle.runs.files import Json
 
 if TYPE_CHECKING:
@@ -216,7 +218,7 @@ class World:
         return next(phase for phase in self.phases if step <= phase.last)
 
 
-def run(config: RewardConfig, *, resume: bool = False) -> Path:
+def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> Path:
     """Train, evaluate and save; return the run's directory.
 
     ``RUN/reward`` opens with ``AutoModelForSequenceClassification``; ``RUN/evaluation.json`` says what the held-out
@@ -224,7 +226,7 @@ def run(config: RewardConfig, *, resume: bool = False) -> Path:
     """
     world = _open(config)
     total = world.phases[-1].last
-    with open_session("reward", config, config.run, resume=resume) as session:
+    with open_session("reward", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
         learner, scores = _restore(world, session)
         for note in world.notes:
             session.say(note)
@@ -243,6 +245,11 @@ def run(config: RewardConfig, *, resume: bool = False) -> Path:
                 session.end_step(step, last=total, save=partial(_save, learner, scores))
         _finish(world, learner, scores, session)
     return config.run.dir
+
+
+def _sources(config: RewardConfig) -> Sources:
+    files = of_model("model", config.model) | of_data("data.path", config.data.path)
+    return Sources(packages=LANGUAGE, files=files | of_data("evaluation.path", config.evaluation.path))
 
 
 def _open(config: RewardConfig) -> World:

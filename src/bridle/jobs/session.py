@@ -14,15 +14,17 @@ with open_session("ppo", config, config.run, resume=resume) as session:
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from rich.console import Console
@@ -32,12 +34,17 @@ from bridle.errors import ConfigError, RunError, UserError
 from bridle.jobs.config import to_dict
 from bridle.jobs.progress import Progress, progress_on
 from bridle.runs import Checkpoint, Run
+from bridle.runs.depends import Sources, differences, take_stock
 from bridle.runs.files import Json
 from bridle.runs.trackers import TrackerName, open_trackers
 
 __all__ = ["RunSettings", "Session", "Stopped", "open_session", "resolve_device"]
 
-_MAY_CHANGE = ("dir", "device", "threads", "checkpoint_every", "keep_checkpoints", "trackers", "quiet")
+_MAY_CHANGE = (
+    *("dir", "trackers", "quiet", "checkpoint_every", "checkpoint_minutes"),
+    *("keep_checkpoints", "keep_every", "keep_best"),
+    *("device", "threads"),  # what they come to is compared, with the rest of the machine
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +61,17 @@ class RunSettings:
     """Precision of the forward passes; weights are mastered in float32."""
     threads: int | None = None
     """1 to 1024, threads of one tensor operation; None leaves PyTorch's choice."""
-    checkpoint_every: int = 50
-    """≥ 1 steps between checkpoints; the last step is always saved."""
+    checkpoint_every: int | None = None
+    """≥ 1 steps between checkpoints, besides those by the clock; None leaves it to the clock. The last step is always
+    saved. Saving changes nothing in a run, so this may differ in a resumed one."""
+    checkpoint_minutes: float = 8.0
+    """> 0 minutes after a checkpoint at which the next finished step is saved: with that step, what a crash can cost."""
     keep_checkpoints: int = 2
     """≥ 1, how many of the newest checkpoints stay."""
+    keep_every: int | None = None
+    """≥ 1 steps: checkpoints at its multiples stay too."""
+    keep_best: str | None = None
+    """Name of a metric: the checkpoint at whose step it was highest stays too; with a - before the name, lowest."""
     trackers: tuple[TrackerName, ...] = ()
     """Who gets a copy of the metrics besides metrics.jsonl."""
     quiet: bool = False
@@ -65,9 +79,16 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError.of(f"run.{name}", getattr(self, name), "a whole number of at least 1")
+        for name in ("checkpoint_every", "keep_checkpoints", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError.of(f"run.{name}", value, "a whole number of at least 1")
+        if not self.checkpoint_minutes > 0:
+            raise ConfigError.of("run.checkpoint_minutes", self.checkpoint_minutes, "a number of minutes > 0")
+        if self.keep_best is not None and not self.keep_best.removeprefix("-"):
+            raise ConfigError.of(
+                "run.keep_best", self.keep_best, "the name of a metric", "evaluation/score, for instance"
+            )
         if self.threads is not None and not 1 <= self.threads <= 1024:  # PyTorch dies of many more
             raise ConfigError.of(
                 "run.threads", self.threads, "a whole number from 1 to 1024", "the number of cores is usual"
@@ -93,7 +114,15 @@ class Session:
     """The surroundings of one job while it works; make it with :func:`open_session`, use it in a ``with`` block."""
 
     def __init__(
-        self, run: Run, settings: RunSettings, *, device: torch.device, checkpoint: Checkpoint | None, console: Console
+        self,
+        run: Run,
+        settings: RunSettings,
+        *,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        console: Console,
+        resumed: bool,
+        force: bool,
     ) -> None:
         """Use :func:`open_session`."""
         self.run = run
@@ -108,6 +137,8 @@ class Session:
         """what to go on from; None at the beginning."""
         self.start = 0 if checkpoint is None else checkpoint.step
         """[steps] how many steps are already done."""
+        self.force = force
+        """whether to go on where the same run to the bit cannot be had."""
         self.stopping = False
         """True once a signal asked the job to stop; :meth:`end_step` sees to it."""
         self._settings = settings
@@ -115,6 +146,11 @@ class Session:
         self._trackers = open_trackers(
             settings.trackers, run.path, job=run.job, config=run.config, after_step=self.start if checkpoint else -1
         )
+        self._resumed = resumed
+        self._saved_at = time.monotonic()
+        self._best: dict[int, float] = {}
+        for row in run.metrics() if settings.keep_best is not None else ():
+            self._note_best(cast("int", row["step"]), row)
         self._restore = ExitStack()
 
     def __enter__(self) -> Self:
@@ -122,25 +158,29 @@ class Session:
         self._set_flags()
         if threading.current_thread() is threading.main_thread():
             self._listen()
-        resumed = self.checkpoint is not None or bool(self.run.events())
-        kind, text = ("resume", f"resumed after step {self.start}") if resumed else ("start", "started")
+        kind, text = ("resume", f"resumed after step {self.start}") if self._resumed else ("start", "started")
         self.run.event(kind, text, step=self.start, device=str(self.device), threads=torch.get_num_threads())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Note how it ended, put every global setting back, and close the run; a user's mistake leaves no empty run."""
         self._restore.close()
-        for tracker in self._trackers:
-            tracker.close()
-        if kind is None:
-            self.run.event("finish", "finished")
-        elif issubclass(kind, Stopped):
-            self.run.event("stop", str(error))
-        else:
-            self.run.event("fail", f"{kind.__name__}: {error}")
-        if isinstance(error, UserError):
-            self.run.discard()
-        self.run.close()
+        try:
+            for tracker in self._trackers:
+                tracker.close()
+            if kind is None:
+                self.run.event("finish", "finished")
+            elif issubclass(kind, Stopped):
+                self.run.event("stop", str(error))
+            else:
+                self.run.event("fail", f"{kind.__name__}: {error}")
+        except RunError:
+            if kind is None:  # otherwise what went wrong first is what is to be said
+                raise
+        finally:
+            if isinstance(error, UserError) and not self._resumed:
+                self.run.discard()
+            self.run.close()
 
     def steps(self, last: int) -> range:
         """Steps still to do: from the one after the checkpoint to ``last``, counted from 1."""
@@ -149,23 +189,42 @@ class Session:
     def record(self, step: int, metrics: Mapping[str, float | int | str | bool | None]) -> None:
         """Write one record to metrics.jsonl and to the trackers."""
         self.run.record(step, metrics)
+        self._note_best(step, metrics)
         for tracker in self._trackers:
             tracker.log(step, metrics)
 
     def end_step(self, step: int, *, last: int, save: Callable[[Path], object]) -> None:
-        """Save a checkpoint if one is due (every ``checkpoint_every``, at ``last``, or when asked to stop).
+        """Save a checkpoint if one is due: by steps, by the clock, at ``last``, or when asked to stop.
 
         ``save`` writes into the folder it is given. Raises :class:`Stopped` after saving if a signal asked for it and
         steps are left.
         """
         stopping = self.stopping and step < last
-        if not (stopping or step == last or step % self._settings.checkpoint_every == 0):
+        every = self._settings.checkpoint_every
+        late = time.monotonic() - self._saved_at >= 60 * self._settings.checkpoint_minutes
+        if not (stopping or late or step == last or (every is not None and step % every == 0)):
             return
         with self.run.checkpoint(step) as folder:
             save(folder)
-        self.run.prune(self._settings.keep_checkpoints)
+        self._saved_at = time.monotonic()
+        self.run.prune(self._settings.keep_checkpoints, keep=self._kept())
         if stopping:
             raise Stopped(f"stopped after step {step}; go on with: bridle resume {self.run.path}")
+
+    def _note_best(self, step: int, metrics: Mapping[str, Json]) -> None:
+        """Remember the metric that ``keep_best`` names, turned so that higher is better."""
+        name = self._settings.keep_best
+        value = None if name is None else metrics.get(name.removeprefix("-"))
+        if name is not None and isinstance(value, int | float) and not math.isnan(value):
+            self._best[step] = -float(value) if name.startswith("-") else float(value)
+
+    def _kept(self) -> set[int]:
+        """Steps whose checkpoints stay besides the newest."""
+        steps = [checkpoint.step for checkpoint in self.run.checkpoints()]
+        every = self._settings.keep_every
+        kept = set() if every is None else {step for step in steps if step % every == 0}
+        judged = [step for step in steps if step in self._best]
+        return kept | ({max(judged, key=lambda step: (self._best[step], step))} if judged else set())
 
     @contextmanager
     def progress(self, total: int, description: str, *, start: int = 0) -> Iterator[Progress]:
@@ -203,50 +262,112 @@ class Session:
             self._restore.callback(signal.signal, number, signal.signal(number, ask))
 
 
-def open_session(job: str, config: Any, settings: RunSettings, *, resume: bool = False) -> Session:
+def open_session(
+    job: str,
+    config: Any,
+    settings: RunSettings,
+    *,
+    sources: Sources | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> Session:
     """Make the run at ``settings.dir``, or open it to go on from its newest whole checkpoint.
 
-    Load and check everything that can be wrong with the user's input before this call. Raises :class:`RunError` where
-    the directory is taken, is no run of this job, or was made with other settings; :class:`ConfigError` where the
-    device or a tracker is not to be had.
+    Load and check everything that can be wrong with the user's input before this call.
+
+    Args:
+        job: its name.
+        config: its settings, with ``settings`` among them.
+        settings: where the run lies and what it runs on.
+        sources: what it reads besides.
+        resume: go on with the run that lies there.
+        force: do so also where it cannot be the same run to the bit, and record why.
+
+    Raises:
+        RunError: the directory is taken, or is no run of this job; or settings, code, machine or a file are not those
+            that the run was started with; or none of its checkpoints is whole.
+        ConfigError: the device or a tracker is not to be had.
     """
     device = resolve_device(settings.device)
-    written = to_dict(config)
     console = Console(stderr=True, quiet=settings.quiet)
+    threads = settings.threads or torch.get_num_threads()
+    named = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    depends = take_stock(sources or Sources(files={}), device=named, threads=threads)
+    asked = to_dict(config)
+    resolved = {**asked, "run": to_dict(settings) | {"device": device.type, "threads": threads}}
+    checkpoint = None
     if not resume:
-        chosen: dict[str, Json] = {"device": device.type, "threads": settings.threads or torch.get_num_threads()}
-        run = Run.create(settings.dir, job, written, resolved={**written, "run": to_dict(settings) | chosen})
-        checkpoint = None
+        run = Run.create(settings.dir, job, asked, resolved=resolved, depends=depends)
     else:
         run = Run.open(settings.dir, write=True)
-        _same_settings(run, job, written)
-        checkpoint = run.latest_checkpoint()
-        start = 0 if checkpoint is None else checkpoint.step
-        damaged = [f"step-{other.step}" for other in run.checkpoints() if other.step > start]
-        if damaged:
-            text = f"damaged, moved to {run.path / 'faults'}: {', '.join(damaged)}; going on after step {start}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-        run.rewind(-1 if checkpoint is None else start)
     try:
-        return Session(run, settings, device=device, checkpoint=checkpoint, console=console)
+        if resume:
+            _same_run(run, job, asked, resolved, depends, force=force, console=console)
+            checkpoint = _go_back(run, console, force=force)
+        return Session(
+            run, settings, device=device, checkpoint=checkpoint, console=console, resumed=resume, force=force
+        )
     except UserError:
-        run.discard()
+        if not resume:
+            run.discard()
         run.close()
         raise
 
 
-def _same_settings(run: Run, job: str, written: Mapping[str, Json]) -> None:
-    """Refuse other settings than the run's, also where config.json was edited: what is resolved there must agree."""
+def _go_back(run: Run, console: Console, *, force: bool) -> Checkpoint | None:
+    """Find where the run can be taken up, and forget what was recorded after it; None is the beginning."""
+    checkpoint = run.latest_checkpoint()
+    start = 0 if checkpoint is None else checkpoint.step
+    damaged = [f"step-{other.step}" for other in run.checkpoints() if other.step > start]
+    if damaged and checkpoint is None and not force:
+        raise RunError(
+            f"{run.path}: no checkpoint is whole ({', '.join(damaged)} damaged); "
+            f"put one back, or begin again with: bridle resume {run.path} --force"
+        )
+    if damaged:
+        text = f"damaged, moved to {run.path / 'faults'}: {', '.join(damaged)}; going on after step {start}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    run.rewind(-1 if checkpoint is None else start)
+    return checkpoint
+
+
+def _same_run(
+    run: Run,
+    job: str,
+    asked: Mapping[str, Json],
+    resolved: Mapping[str, Json],
+    depends: Mapping[str, Json],
+    *,
+    force: bool,
+    console: Console,
+) -> None:
+    """Refuse to go on as another run, naming what differs; with ``force`` record it.
+
+    Also where config.json was edited: what is resolved there must agree with what was asked for.
+    """
     if run.job != job:
-        run.close()
         raise RunError(f"{run.path} is a run of {run.job}, not of {job}; use `bridle resume {run.path}`")
     kept = (_essential(run.config), _essential(run.resolved))
-    changed = next(filter(None, (_first_difference(old, _essential(written), "") for old in kept)), None)
-    if changed is not None:
-        run.close()
+    changed = next(filter(None, (_first_difference(old, _essential(asked), "") for old in kept)), None)
+    found = differences(run.depends, depends)
+    forced = f"`bridle resume {run.path} --force`"
+    if not force and changed is not None:
         raise RunError(
-            f"{changed} is not what {run.path} was started with; resume with its own settings or start a new run"
+            f"{changed} is not what {run.path} was started with; "
+            f"resume with its own settings or start a new run, or {forced}"
         )
+    if not force and found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise RunError(
+            f"{found[0]} when {run.path} was started{more}, so it would not go on as the same run to the bit; "
+            f"{found[0].remedy}, or {forced}"
+        )
+    changes = [*([] if changed is None else [f"{changed} is another setting"]), *map(str, found)]
+    if changes:
+        run.go_on_as(asked, resolved, depends, changes)
+        text = "forced: from here on another run than it was, because " + "; ".join(changes)
+        run.event("forced", text, changes=changes)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _essential(config: Mapping[str, Json]) -> Mapping[str, Json]:

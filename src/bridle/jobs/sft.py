@@ -15,6 +15,7 @@ import torch
 
 from bridle.errors import ConfigError, DataError
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
+from bridle.jobs.sources import LANGUAGE, of_data, of_model
 from bridle.language.causal import CausalModel
 from bridle.language.data import DataSettings, Encoded, Encoder, encode_demonstrations, read_demonstrations
 from bridle.language.likelihood import batch_of_step, held_out_loss, likelihood_step
@@ -31,6 +32,7 @@ from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.random import permutation, uniforms
 from bridle.runs.checkpoints import load_tensors, save_tensors
+from bridle.runs.depends import Sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,14 +97,14 @@ class SFTConfig:
             raise ConfigError.of("max_tokens", self.max_tokens, "a number of tokens >= 2")
 
 
-def run(config: SFTConfig, *, resume: bool = False) -> Path:
+def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path:
     """Train, evaluate and save; return the run's directory. ``RUN/policy`` opens with ``AutoModelForCausalLM``."""
     world = _open(config)
     steps_per_epoch = math.ceil(len(world.training) / config.batch_size)
     total = config.epochs * steps_per_epoch
     parameters = dict(world.model.named_parameters())
     optimiser = Optimiser([Group(name="policy", parameters=parameters, settings=config.optim)], total_steps=total)
-    with open_session("sft", config, config.run, resume=resume) as session:
+    with open_session("sft", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
         _restore(world, optimiser, session)
         for note in world.notes:
             session.say(note)
@@ -152,6 +154,11 @@ class _World:
     held_out: list[Encoded]
     context: int | None
     notes: tuple[str, ...]
+
+
+def _sources(config: SFTConfig) -> Sources:
+    files = of_model("model", config.model) | of_data("data.path", config.data.path)
+    return Sources(packages=LANGUAGE, files=files | of_data("evaluation.path", config.evaluation.path))
 
 
 def _open(config: SFTConfig) -> _World:

@@ -28,9 +28,11 @@ from bridle.runs.files import (
 
 __all__ = [
     "Checkpoint",
+    "clear_leftovers",
     "list_checkpoints",
     "load_json",
     "load_tensors",
+    "remove_folder",
     "save_json",
     "save_tensors",
     "verify",
@@ -40,6 +42,13 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+
+FORMAT = 1
+"""Version of a checkpoint's layout; one of a newer format is refused by name."""
+
+
+class NewerFormat(RunError):
+    """A checkpoint that a newer bridle wrote: whole, but not to be read by this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -76,6 +85,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is gone at once or not at all: renamed first, then taken apart."""
+    aside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Clear what a crash left half done in ``folder``; a folder that was about to be replaced is put back."""
+    for old in folder.glob(".*.old"):
+        whole = folder / old.name[1 : -len(".old")]
+        shutil.rmtree(old) if whole.exists() else old.rename(whole)
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
 def write_manifest(folder: Path, step: int) -> None:
     """Write ``manifest.json``: for every file of the folder its size in bytes and its SHA-256."""
     files: dict[str, Json] = {
@@ -83,12 +109,22 @@ def write_manifest(folder: Path, step: int) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    save_json(folder / MANIFEST, {"format": 1, "step": step, "files": files})
+    save_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": files})
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Compare every file with the manifest; raises :class:`RunError` naming the first that is missing or altered."""
+    """Compare every file with the manifest.
+
+    Raises:
+        NewerFormat: a newer bridle wrote it.
+        RunError: a file is missing or altered; the text names the first.
+    """
     manifest = load_json(checkpoint.path / MANIFEST)
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise NewerFormat(
+            f"{checkpoint.path} is a checkpoint of format {written}, and this bridle reads {FORMAT}; use a newer bridle"
+        )
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
         raise RunError(f"{checkpoint.path / MANIFEST} lists no files; the checkpoint is damaged")

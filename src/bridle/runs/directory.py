@@ -13,20 +13,33 @@ One process writes a run (a lock sees to it); any number may read it while it gr
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
+from safetensors import SafetensorError
+
 from bridle.errors import RunError
-from bridle.runs.checkpoints import Checkpoint, list_checkpoints, verify, whole_folder, write_manifest
+from bridle.runs.checkpoints import (
+    Checkpoint,
+    NewerFormat,
+    clear_leftovers,
+    list_checkpoints,
+    remove_folder,
+    verify,
+    whole_folder,
+    write_manifest,
+)
+from bridle.runs.depends import version_of
 from bridle.runs.files import (
     Json,
     JsonObject,
@@ -46,6 +59,7 @@ FORMAT = 1
 
 Metric = float | int | str | bool | None
 _STREAMS = ("metrics.jsonl", "timing.jsonl")
+_FOLDERS = ("samples", "checkpoints", "faults")
 
 
 class RunState(Enum):
@@ -63,13 +77,6 @@ class RunState(Enum):
 _ENDINGS = {"finish": RunState.FINISHED, "stop": RunState.STOPPED, "fail": RunState.FAILED}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _step_of(row: Mapping[str, Json]) -> int:
     step = row.get("step")
     if not isinstance(step, int):
@@ -80,25 +87,49 @@ def _step_of(row: Mapping[str, Json]) -> int:
 class Run:
     """One run's directory, open for writing (:meth:`create`, ``open(…, write=True)``) or only for reading."""
 
-    __slots__ = ("_last_step", "_lock", "config", "job", "path", "resolved")
+    __slots__ = ("_head", "_last_step", "_lock", "path")
 
-    def __init__(self, path: Path, *, job: str, config: JsonObject, resolved: JsonObject, lock: int | None) -> None:
+    def __init__(self, path: Path, head: JsonObject, *, lock: int | None) -> None:
         """Use :meth:`create` or :meth:`open`."""
         self.path = path
-        self.job = job
-        self.config = config
-        self.resolved = resolved
+        self._head = head
         self._lock = lock
         self._last_step = -1
 
+    @property
+    def job(self) -> str:
+        """The job that writes it."""
+        return str(self._head["job"])
+
+    @property
+    def config(self) -> JsonObject:
+        """What was asked for."""
+        return _object(self._head, "config")
+
+    @property
+    def resolved(self) -> JsonObject:
+        """The same with every automatic choice made."""
+        return _object(self._head, "resolved")
+
+    @property
+    def depends(self) -> JsonObject:
+        """What its numbers depend on besides: see :func:`bridle.runs.depends.take_stock`."""
+        return _object(self._head, "depends")
+
     @classmethod
     def create(
-        cls, path: Path | str, job: str, config: Mapping[str, Json], *, resolved: Mapping[str, Json] | None = None
+        cls,
+        path: Path | str,
+        job: str,
+        config: Mapping[str, Json],
+        *,
+        resolved: Mapping[str, Json] | None = None,
+        depends: Mapping[str, Json] | None = None,
     ) -> Run:
         """Make a new run at ``path``, which must not exist or be empty.
 
-        ``config`` is what was asked for; ``resolved`` the same with every automatic choice made. Raises
-        :class:`RunError` where something is there already; nothing is written over.
+        ``config`` is what was asked for; ``resolved`` the same with every automatic choice made; ``depends`` what the
+        numbers depend on besides. Raises :class:`RunError` where something is there already; nothing is written over.
         """
         path = Path(path)
         remedy = "pass --run.dir another path"
@@ -106,26 +137,24 @@ class Run:
             remedy += f" or `bridle resume {path}`"
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file, not a directory; pass --run.dir another path")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not _is_bare(path):
             raise RunError(f"{path} is not empty; {remedy}")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in ("samples", "checkpoints", "faults"):
-                (path / name).mkdir()
+            for name in _FOLDERS:
+                (path / name).mkdir(exist_ok=True)
             lock = _take_lock(path)
-        except FileExistsError:
-            raise RunError(f"{path} is not empty; {remedy}") from None
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}); pass --run.dir another path") from None
-        asked, chosen = dict(config), dict(config if resolved is None else resolved)
         packages = ("bridle", "torch", "transformers", "gymnasium")
         versions: dict[str, Json] = {"python": platform.python_version()}
-        versions |= {name: _version(name) for name in packages}
-        save_json(
-            path / "config.json",
-            {"format": FORMAT, "job": job, "versions": versions, "config": asked, "resolved": chosen},
-        )
-        return cls(path, job=job, config=asked, resolved=chosen, lock=lock)
+        versions |= {name: version_of(name) for name in packages}
+        head: JsonObject = {"format": FORMAT, "job": job, "versions": versions, "config": dict(config)}
+        head |= {"resolved": dict(config if resolved is None else resolved), "depends": dict(depends or {})}
+        run = cls(path, head, lock=lock)
+        with run._writing():
+            save_json(path / "config.json", head)
+        return run
 
     @classmethod
     def open(cls, path: Path | str, *, write: bool = False) -> Run:
@@ -140,24 +169,67 @@ class Run:
         if not (path / "config.json").is_file():
             raise RunError(f"{path} is not a run (it has no config.json); `bridle runs` lists the runs there are")
         head = load_json(path / "config.json")
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise RunError(f"{path / 'config.json'} is not of run format {FORMAT}; use the bridle that wrote it")
-        job, config, resolved = head.get("job"), head.get("config"), head.get("resolved")
-        if not isinstance(job, str) or not isinstance(config, dict) or not isinstance(resolved, dict):
+        written = head.get("format") if isinstance(head, dict) else None
+        if not isinstance(head, dict) or written != FORMAT:
+            newer = f"of format {written}, and this bridle reads {FORMAT}; use a newer bridle"
+            other = f"not of run format {FORMAT}; use the bridle that wrote it"
+            is_newer = isinstance(written, int) and written > FORMAT
+            raise RunError(f"{path / 'config.json'} is {newer if is_newer else other}")
+        objects = (head.get("config"), head.get("resolved"))
+        if not isinstance(head.get("job"), str) or not all(isinstance(value, dict) for value in objects):
             raise RunError(f"{path / 'config.json'} lacks job, config or resolved; restore it or start a new run")
-        run = cls(path, job=job, config=config, resolved=resolved, lock=_take_lock(path) if write else None)
-        if write:
-            for name in (*_STREAMS, "events.jsonl"):
-                if drop_torn_line(path / name):
-                    run.event("mended", f"dropped a torn last line of {name}")
-            rows = run.metrics()
-            run._last_step = _step_of(rows[-1]) if rows else -1
+        if not write:
+            return cls(path, head, lock=None)
+        try:
+            lock = _take_lock(path)
+        except OSError as error:
+            raise RunError(f"{path} cannot be written ({error.strerror}); make it writable, or copy it") from None
+        run = cls(path, head, lock=lock)
+        with run._writing():
+            run._mend()
         return run
+
+    def _mend(self) -> None:
+        """Clear what a crash left half done."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "samples"):
+            clear_leftovers(folder)
+        for name in (*_STREAMS, "events.jsonl"):
+            if drop_torn_line(self.path / name):
+                self.event("mended", f"dropped a torn last line of {name}")
+        rows = self.metrics()
+        self._last_step = _step_of(rows[-1]) if rows else -1
+
+    def go_on_as(
+        self, config: Mapping[str, Json], resolved: Mapping[str, Json], depends: Mapping[str, Json], changes: list[str]
+    ) -> None:
+        """Write into config.json that the run goes on with other settings, code or files: what changed, under ``lineage``."""
+        past = self._head.get("lineage", [])
+        entry: JsonObject = {"after_step": self._last_step, "changes": changes, "depended": self.depends}
+        lineage: list[Json] = [*past, entry] if isinstance(past, list) else [entry]
+        self._head |= {"config": dict(config), "resolved": dict(resolved), "depends": dict(depends), "lineage": lineage}
+        with self._writing():
+            save_json(self.path / "config.json", self._head)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the system says against writing into one line; what was saved before is whole."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason, full = _refusal(error)
+            saved = self.checkpoints()
+            whole = f" (newest checkpoint: step {saved[-1].step})" if saved else ""
+            remedy = "free some space" if full else "see to it that it can be written"
+            raise RunError(
+                f"{self.path} cannot be written ({reason}); {remedy}, then go on with: bridle resume {self.path}{whole}"
+            ) from error
 
     def close(self) -> None:
         """Let go of the lock; the run can still be read."""
         if self._lock is not None:
-            os.close(self._lock)
+            if self._lock in _held:
+                _held.discard(self._lock)
+                os.close(self._lock)
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -183,21 +255,25 @@ class Run:
         """
         if step < self._last_step:
             raise ValueError(f"step {step} after step {self._last_step}; rewind the run first")
-        append_line(self.path / "metrics.jsonl", {"step": step, **metrics})
+        with self._writing():
+            append_line(self.path / "metrics.jsonl", {"step": step, **metrics})
         self._last_step = step
 
     def timing(self, step: int, **measures: Metric) -> None:
         """Append one line of timing; ``time`` (seconds since 1970) is added."""
-        append_line(self.path / "timing.jsonl", {"step": step, "time": round(time.time(), 3), **measures})
+        with self._writing():
+            append_line(self.path / "timing.jsonl", {"step": step, "time": round(time.time(), 3), **measures})
 
     def event(self, kind: str, text: str, **fields: Json) -> None:
         """Append one event: a word for its kind, a sentence, and what else is known."""
         head: dict[str, Json] = {"time": round(time.time(), 3), "kind": kind, "text": text}
-        append_line(self.path / "events.jsonl", head | fields, texts=True)
+        with self._writing():
+            append_line(self.path / "events.jsonl", head | fields, texts=True)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Json]], *, name: str = "step") -> None:
         """Write what was said or done at ``step`` as ``samples/NAME-N.jsonl``, whole; a second call replaces it."""
-        write_lines(self.path / "samples" / f"{name}-{step}.jsonl", rows, texts=True)
+        with self._writing():
+            write_lines(self.path / "samples" / f"{name}-{step}.jsonl", rows, texts=True)
 
     # Reading
 
@@ -233,7 +309,7 @@ class Run:
 
         The records up to here are made durable first. An exception inside leaves nothing visible.
         """
-        with whole_folder(self.path / "checkpoints" / f"step-{step}") as folder:
+        with self._writing(), whole_folder(self.path / "checkpoints" / f"step-{step}") as folder:
             yield folder
             write_manifest(folder, step)
             for name in _STREAMS:
@@ -243,7 +319,7 @@ class Run:
     @contextmanager
     def export(self, name: str) -> Iterator[Path]:
         """Lend a folder for a finished artefact; on leaving it becomes ``RUN/name``, whole, replacing an older one."""
-        with whole_folder(self.path / name) as folder:
+        with self._writing(), whole_folder(self.path / name) as folder:
             yield folder
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -251,10 +327,15 @@ class Run:
         return list_checkpoints(self.path / "checkpoints")
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """Find the newest checkpoint whose manifest verifies; a damaged one is passed over, and noted if writing."""
+        """Find the newest checkpoint whose manifest verifies; a damaged one is passed over, and noted if writing.
+
+        Raises :class:`RunError` where a newer bridle wrote it: that is no damage.
+        """
         for checkpoint in reversed(self.checkpoints()):
             try:
                 verify(checkpoint)
+            except NewerFormat:
+                raise
             except RunError as error:
                 if self._lock is not None:
                     self.event("checkpoint_skipped", str(error), step=checkpoint.step)
@@ -266,7 +347,7 @@ class Run:
         """Remove all checkpoints but the newest ``keep_last`` and the steps in ``keep``."""
         for checkpoint in self.checkpoints()[:-keep_last] if keep_last > 0 else self.checkpoints():
             if checkpoint.step not in keep:
-                shutil.rmtree(checkpoint.path)
+                remove_folder(checkpoint.path)
 
     def rewind(self, step: int) -> None:
         """Forget what was recorded after ``step``, so that going on from its checkpoint leaves no duplicate and no gap.
@@ -290,6 +371,44 @@ class Run:
         self._last_step = step
 
 
+def _is_bare(path: Path) -> bool:
+    """Whether a directory is empty, or holds no more than what a process that died at once left of a beginning."""
+    files = {path / ".lock", path / ".config.json.partial"}
+    folders = {path / name for name in _FOLDERS}
+    return all(
+        found in files or (found in folders and found.is_dir() and not any(found.iterdir())) for found in path.iterdir()
+    )
+
+
+def _object(head: JsonObject, name: str) -> JsonObject:
+    value = head.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _refusal(error: OSError | SafetensorError) -> tuple[str, bool]:
+    """Say what the system said, and whether the disk or the quota is full."""
+    if isinstance(error, OSError):
+        number, reason = error.errno, error.strerror or str(error)
+    else:  # its text is all there is: "… I/O error: No space left on device (os error 28)"
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else None
+        reason = os.strerror(number) if number is not None else str(error)
+    return reason, number in (errno.ENOSPC, errno.EDQUOT)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked child holds no lock: or it would go on holding its parent's after the parent's death."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 def _take_lock(path: Path) -> int:
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -297,6 +416,7 @@ def _take_lock(path: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise RunError(f"{path} is in use by another process; wait for it to end") from None
+    _held.add(descriptor)
     return descriptor
 
 

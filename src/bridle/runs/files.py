@@ -129,9 +129,19 @@ def load_json(path: Path) -> Json:
 
 
 def append_line(path: Path, value: Mapping[str, Json], *, texts: bool = False) -> None:
-    """Append one JSON object as a line, in a single write, so that a crash can tear the last line only."""
+    """Append one JSON object as a line, in a single write, so that a crash can tear the last line only.
+
+    Where the system refuses (a full disk takes the first part of a line), the file is as it was before.
+    """
+    left = _dumps(value, texts=texts) + b"\n"
     with path.open("ab", buffering=0) as file:
-        file.write(_dumps(value, texts=texts) + b"\n")
+        before = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), before)
+            raise
 
 
 def write_lines(path: Path, values: Iterable[Mapping[str, Json]], *, texts: bool = False) -> None:

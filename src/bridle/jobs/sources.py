@@ -1,0 +1,87 @@
+"""Which files a job's settings name: what a resume compares by content. Imports no heavy library of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridle.runs.depends import Sources, source_of
+
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
+    from bridle.control.making import GivenWorld, WorldSettings
+    from bridle.language.models import ModelSettings
+
+__all__ = ["LANGUAGE", "of_data", "of_functions", "of_model", "of_world"]
+
+LANGUAGE = ("transformers", "tokenizers")
+"""Packages whose version may change what a language job computes."""
+
+_OF_WORLDS = {"gymnasium.envs.mujoco": "mujoco", "gymnasium.envs.box2d": "box2d", "ale_py": "ale-py"}
+"""Module of an environment → the package that computes it."""
+
+
+def of_model(setting: str, model: ModelSettings) -> dict[str, Path]:
+    """Return the folders and files that a model's settings name."""
+    found = _folder(setting, model.path, "config.json", model.revision)
+    if model.tokenizer is not None:
+        found |= _folder(f"{setting}.tokenizer", model.tokenizer, "tokenizer_config.json", None)
+    if model.chat_template is not None:
+        found[f"{setting}.chat_template"] = model.chat_template
+    return found
+
+
+def _folder(setting: str, source: str, sign: str, revision: str | None) -> dict[str, Path]:
+    """The folder itself; of a model on the hub, which has been opened, its snapshot in the cache."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return {setting: path}
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, sign, revision=revision)
+    return {setting: Path(cached).parent} if isinstance(cached, str) else {}
+
+
+def of_data(setting: str, source: str | None) -> dict[str, Path]:
+    """Return the file that a setting names; a hub dataset is known by its name alone."""
+    path = None if source is None else Path(source).expanduser()
+    return {} if path is None or not path.is_file() else {setting: path}
+
+
+def of_functions(setting: str, names: Iterable[str]) -> dict[str, Path]:
+    """Return the source file of each function, wrapper or judge that is named as ``module:function``."""
+    found = {f"{setting} {name}": source_of(name) for name in names}
+    return {setting: path for setting, path in found.items() if path is not None}
+
+
+def of_world(env: GivenWorld | str, settings: WorldSettings, factory: str | None) -> Sources:
+    """Return what an environment, its wrappers and the user's own networks are computed by; the world has been made."""
+    files = of_functions("world.wrappers", settings.wrappers)
+    files |= of_functions("network.factory", () if factory is None else (factory,))
+    packages = ["gymnasium"]
+    if not isinstance(env, str):
+        return Sources(packages=tuple(packages), files=files | _code("env", env if callable(env) else type(env)))
+    from gymnasium import registry
+
+    spec = registry.get(env.rpartition(":")[2])
+    if settings.vectorization == "envpool":
+        packages.append("envpool")
+    for entry in () if spec is None else (spec.entry_point, spec.vector_entry_point):
+        if callable(entry):
+            files |= _code("env", entry)
+        elif isinstance(entry, str):
+            packages += [package for module, package in _OF_WORLDS.items() if entry.startswith(module)]
+            files |= of_functions("env", (entry,))
+    return Sources(packages=tuple(dict.fromkeys(packages)), files=files)
+
+
+def _code(setting: str, made: Callable[..., object] | type[VectorEnv[object, object, object]]) -> dict[str, Path]:
+    """The source file of a class or function of the user's own."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(made))
+    except TypeError:  # made in C, or an object that can be called
+        return {}
+    return {} if path is None or not Path(path).is_file() else {setting: Path(path)}
