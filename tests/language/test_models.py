@@ -236,10 +236,31 @@ def test_folders_that_cannot_serve(tmp_path: Path, folder: Path) -> None:
     refused(pickled, r"only pickled weights \(pytorch_model.bin\).*save_pretrained")
     torn = copy("torn")
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
-    refused(torn, "cannot be opened")
+    refused(torn, "torn/model.safetensors is not a whole safetensors file .*; take another copy")
+    (torn / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n")
+    refused(torn, "is a Git LFS pointer: run git lfs pull")
+    (torn / "model.safetensors").unlink()
+    index = torn / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "../model/model.safetensors"}}')
+    refused(torn, "names '../model/model.safetensors', which lies outside the folder")
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    refused(torn, "torn/model-1.safetensors is missing, which model.safetensors.index.json names")
+    index.write_text('{"weight_map": []}')
+    refused(torn, "index.json lists no files of weights")
     garbled = copy("garbled")
     (garbled / "config.json").write_text("{")
-    refused(garbled, "cannot be opened")
+    refused(garbled, "garbled/config.json is not JSON: ")
+    (garbled / "config.json").write_text("[" * 100_000)
+    refused(garbled, "garbled/config.json is not JSON: maximum recursion")
+    (garbled / "config.json").write_text("[]")
+    refused(garbled, "garbled/config.json is list, expected a JSON object")
+    lost = copy("lost")
+    (lost / "generation_config.json").write_text("{")
+    refused(lost, "lost/generation_config.json is not JSON")
+    (lost / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ModelError, match="says eos_token_id='</s>'; expected an id or a list of ids"):
+        stop_ids(*load_causal_lm(settings(lost)))
+    refused("x" * 300, "x{80} cannot be reached: File name too long")
     unknown = copy("unknown")
     (unknown / "config.json").write_text('{"model_type": "no-such-family"}')
     refused(unknown, "cannot be opened")
@@ -268,6 +289,36 @@ def test_weights_that_do_not_fit(tmp_path: Path, folder: Path) -> None:
         one_line(error)
     with pytest.raises(ModelError, match=r"does not fit LlamaForSequenceClassification: it lacks model\.layers"):
         load_reward_model(settings(tmp_path / "lacks"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_hidden_layers": 10**6}, "says num_hidden_layers=1000000, but too few tensors in its weights"),
+        ({"hidden_size": 10**9}, "says hidden_size=1000000000, but no tensor is that long in its weights"),
+        ({"vocab_size": 0}, "says vocab_size=0, expected a whole number >= 1"),
+        ({"dtype": "float3"}, "cannot be opened: .*float3"),
+        ({"model_type": ["llama"]}, "cannot be opened: "),
+    ],
+)
+def test_a_skeleton_that_the_weights_cannot_fill_is_not_built(
+    tmp_path: Path, folder: Path, changes: dict[str, object], match: str
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError, match=match) as error:
+        load_causal_lm(settings(copy))
+    one_line(error)
+
+
+def test_weights_that_are_not_numbers_are_named(tmp_path: Path, folder: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"copy: model.norm.weight holds numbers that are not finite"):
+        load_causal_lm(settings(copy))
 
 
 def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bridle.errors import ConfigError, ModelError
+from bridle.language.folders import check_folder
 from bridle.random import torch_rng
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only the functions that need it do
@@ -62,6 +63,11 @@ class ModelSettings:
                 raise ConfigError.of(
                     name, "", "a name", "" if name == "path" else f"leave {name} out to keep the model's own"
                 )
+        for name in ("pad_token", "eos_token"):
+            if not (getattr(self, name) or "").isascii() and any(
+                "\ud800" <= c <= "\udfff" for c in getattr(self, name)
+            ):
+                raise ConfigError.of(name, getattr(self, name), "text in UTF-8")
 
 
 @contextmanager
@@ -86,16 +92,12 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def _one_line(source: str, what: str, remedy: str) -> Iterator[None]:
     """Turn what transformers raises over a folder or a hub name into a ModelError of one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    ours = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError, StrictDataclassError)
     try:
         with quiet():
             yield
-    except ours as error:
-        if isinstance(error, ModelError):
-            raise
+    except ModelError:
+        raise
+    except Exception as error:  # what a library raises over a foreign folder has no bound
         if isinstance(error, OSError) and _local(source, "model") is None:
             raise ModelError(
                 f"{source} is no folder here, and the hub gives no {what} for it: {_reason(error)}"
@@ -111,7 +113,13 @@ def _reason(error: Exception) -> str:
 
 def _local(source: str, role: str) -> Path | None:
     """Return the folder that ``source`` names, None if it is a hub name; refuse a path that leads nowhere."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # too long, not to be entered, a loop, nobody's home
+        raise ModelError(f"{role} {source[:80]} cannot be reached: {getattr(error, 'strerror', error)}") from error
     if path.is_dir():
         return path
     if path.is_file():
@@ -168,6 +176,10 @@ def _load(
             f"model {settings.path} cannot be opened: {name} has shape {list(held)} where config.json says "
             f"{list(expected)}; take weights and config.json from the same model"
         )
+    for name, weight in model.named_parameters():
+        low, high = torch.aminmax(weight.detach()) if weight.numel() else (weight.new_zeros(()),) * 2
+        if name not in info["missing_keys"] and not bool(low.isfinite() & high.isfinite()):
+            raise ModelError(f"{settings.path}: {name} holds numbers that are not finite; take another copy")
     return model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
 
 
@@ -176,19 +188,12 @@ def _checked(settings: ModelSettings) -> str:
     folder = _local(settings.path, "model")
     if folder is None:
         return settings.path
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no config.json: not a model folder in Hugging Face layout")
-    if any(folder.glob("*.safetensors")):
-        return str(folder)
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise ModelError(
-            f"{folder} holds only pickled weights ({pickled[0]}), which are never opened; convert them where you trust "
-            "them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors"
-        )
-    inside = [path for path in (folder / "policy", folder / "reward") if path.is_dir()]
-    hint = f"; did you mean {inside[0]}?" if inside else ""
-    raise ModelError(f"{folder} holds no weights (no *.safetensors file){hint}")
+    check_folder(folder)
+    from transformers import AutoConfig
+
+    with _one_line(settings.path, "model", "mend its config.json, or take another copy"):
+        AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    return str(folder)
 
 
 def load_causal_lm(
@@ -297,7 +302,10 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     generation = model.generation_config.eos_token_id if model.can_generate() else None
     listed = [generation] if isinstance(generation, int) else list(generation or ())
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stops = tuple(dict.fromkeys(int(token) for token in own + listed))
+    if not all(isinstance(token, int) for token in listed):
+        raise ModelError(f"generation_config.json says eos_token_id={generation!r}; expected an id or a list of ids")
+    rows = model.get_input_embeddings().weight.shape[0]  # an id beyond the vocabulary is never sampled
+    stops = tuple(dict.fromkeys(int(token) for token in own + listed if 0 <= token < rows))
     if not stops:
         raise ModelError("the tokenizer has no eos token, so no answer would ever end; name one with --model.eos-token")
     return stops
