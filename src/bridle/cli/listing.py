@@ -1,9 +1,10 @@
-"""``bridle runs``: a table of the runs under a directory."""
+"""``bridle runs``: a table of the runs under a directory; ``bridle events``: what happened in one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from bridle.errors import RunError
 from bridle.runs import Run
 from bridle.runs.files import JsonObject
 
-__all__ = ["find_runs", "print_runs"]
+__all__ = ["find_runs", "print_events", "print_runs"]
 
 SHOWN = 4
 """How many of the last record's numbers are shown."""
@@ -55,3 +56,15 @@ def print_runs(folder: Path) -> None:
         table.add_row(*map(Text, row))
     console = Console()
     console.print(table) if console.is_terminal else Console(width=240).print(table)
+
+
+def print_events(path: Path) -> None:
+    """Print a run's events, oldest first: when (UTC), what kind, what is said of it."""
+    table = Table("time", "kind", "what happened", box=None, pad_edge=False)
+    for event in Run.open(path).events():
+        when = event.get("time")
+        seconds = float(when) if isinstance(when, int | float) else 0.0
+        at = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(*map(Text, (at, str(event.get("kind")), str(event.get("text")))))
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=400).print(table)

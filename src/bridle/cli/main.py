@@ -92,6 +92,7 @@ COMMANDS = {
 _OTHERS = {
     "resume": "go on with a run from its newest checkpoint: bridle resume RUN [--force]",
     "runs": "list the runs under a directory (default: runs): bridle runs [DIR]",
+    "events": "print what happened in a run, invariants crossed and faults included: bridle events RUN",
 }
 
 
@@ -150,7 +151,7 @@ def _finding_modules_here() -> Iterator[None]:
 
 
 def _one_path(name: str, arguments: Sequence[str], default: str | None) -> Path | None:
-    """Read the one path that ``resume`` and ``runs`` take; None after ``--help``."""
+    """Read the one path that the commands without options take; None after ``--help``."""
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"usage: bridle {name} {'RUN [--force]' if default is None else '[DIR]'}\n\n{_OTHERS[name]}")
         if name == "resume":
@@ -199,6 +200,15 @@ def _runs(arguments: Sequence[str]) -> None:
     print_runs(path)
 
 
+def _events(arguments: Sequence[str]) -> None:
+    path = _one_path("events", arguments, None)
+    if path is None:
+        return
+    from bridle.cli.listing import print_events
+
+    print_events(path)
+
+
 def _dispatch(arguments: Sequence[str]) -> None:
     name = arguments[0] if arguments else None
     known = [*COMMANDS, *_OTHERS]
@@ -212,6 +222,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         _resume(arguments[1:])
     elif name == "runs":
         _runs(arguments[1:])
+    elif name == "events":
+        _events(arguments[1:])
     elif name in COMMANDS:
         _run_job(name, arguments[1:])
     else:

@@ -198,6 +198,8 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
         sources = of_world(given, config.world, config.network.factory)
         with open_session("control", config, config.run, sources=sources, resume=resume, force=force) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
+            if isinstance(acted.actions, BoxActions):
+                session.leave_out("entropy_collapse")  # a density's entropy has no floor
             learner = Learner(config, policy.to(session.device), acted)
             learner.restore(session)
             _train(config, learner, Collector(acted, config.n_steps, device=session.device), judge, session)

@@ -36,6 +36,7 @@ from bridle.jobs.progress import Progress, progress_on
 from bridle.runs import Checkpoint, Run
 from bridle.runs.depends import Sources, differences, take_stock
 from bridle.runs.files import Json
+from bridle.runs.invariants import Watch
 from bridle.runs.trackers import TrackerName, open_trackers
 
 __all__ = ["RunSettings", "Session", "Stopped", "open_session", "resolve_device"]
@@ -152,6 +153,9 @@ class Session:
         for row in run.metrics() if settings.keep_best is not None else ():
             self._note_best(cast("int", row["step"]), row)
         self._restore = ExitStack()
+        self._watch = _watch(run, settings)
+        events = (event for event in run.events() if event.get("kind") == "invariant")
+        self._told = {(event.get("invariant"), event.get("step"), event.get("crossed")) for event in events}
 
     def __enter__(self) -> Self:
         """Set threads and deterministic algorithms, and listen for SIGINT and SIGTERM (in the main thread only)."""
@@ -187,11 +191,22 @@ class Session:
         return range(self.start + 1, last + 1)
 
     def record(self, step: int, metrics: Mapping[str, float | int | str | bool | None]) -> None:
-        """Write one record to metrics.jsonl and to the trackers."""
+        """Write one record to metrics.jsonl and to the trackers, and say which invariant it crossed."""
         self.run.record(step, metrics)
         self._note_best(step, metrics)
         for tracker in self._trackers:
             tracker.log(step, metrics)
+        for found in self._watch.see(step, metrics):
+            name = found.invariant.name
+            if (name, step, found.crossed) in self._told:  # by the run before it was taken up again
+                continue
+            fields: dict[str, Json] = {"step": step, "invariant": name, "crossed": found.crossed, "value": found.value}
+            self.run.event("invariant", found.text, **fields)
+            self.say(found.text)
+
+    def leave_out(self, invariant: str) -> None:
+        """Stop watching an invariant that makes no sense in this run."""
+        self._watch.leave_out(invariant)
 
     def end_step(self, step: int, *, last: int, save: Callable[[Path], object]) -> None:
         """Save a checkpoint if one is due: by steps, by the clock, at ``last``, or when asked to stop.
@@ -312,6 +327,18 @@ def open_session(
             run.discard()
         run.close()
         raise
+
+
+def _watch(run: Run, settings: RunSettings) -> Watch:
+    """Watch a run as it would be watched had it never stopped: by the records that are there."""
+    critic = run.config.get("critic")
+    warmup = critic.get("warmup_steps") if isinstance(critic, Mapping) else 0
+    watch = Watch(run.job, dtype=settings.dtype, warmup=warmup if isinstance(warmup, int) else 0)
+    for row in run.metrics():
+        step = row["step"]
+        assert isinstance(step, int)
+        watch.see(step, row)
+    return watch
 
 
 def _go_back(run: Run, console: Console, *, force: bool) -> Checkpoint | None:

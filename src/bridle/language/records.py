@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -36,6 +37,7 @@ def rollout_metrics(episodes: Sequence[Episode], prepared: Prepared, kl_coeffici
         "policy_entropy": float(reading.entropy.mean()),
         "length": float(sizes.double().mean()),
         "eos_share": sum(e.stop is Stop.EOS for e in episodes) / len(episodes),
+        "score_length_correlation": _correlation(scores, sizes.double()),
         "value": float(batch.old_value.mean()),
         "return": float(batch.returns.mean()),
         "advantage_std": float(batch.advantages.std(correction=0)),
@@ -44,6 +46,13 @@ def rollout_metrics(episodes: Sequence[Episode], prepared: Prepared, kl_coeffici
         "sampler_gap_max": float(prepared.gap.maximum),
         "old_logp_recomputed": float(prepared.recomputed),
     }
+
+
+def _correlation(a: Float[Tensor, " B"], b: Float[Tensor, " B"]) -> float:
+    """Pearson's r = Σ âb̂ / √(Σ â² Σ b̂²) of the deviations from the means; NaN where either does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    norm = float((a.square().sum() * b.square().sum()).sqrt())
+    return float((a * b).sum()) / norm if norm > 0 else math.nan
 
 
 def sample_rows(
