@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "check_bool", "check_dim", "check_range", "check_same_shape", "in_dtype"]
+__all__ = [
+    "at_least_float32",
+    "check_bool",
+    "check_dim",
+    "check_range",
+    "check_same_shape",
+    "check_targets",
+    "in_dtype",
+]
 
 
 def check_same_shape(reference: str, expected: Tensor, **others: Tensor | None) -> None:
@@ -46,3 +54,15 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the tensor in ``dtype``, without a call into PyTorch where it is so already: small losses are all calls."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def check_targets(targets: Tensor, count: int, vocabulary: int) -> None:
+    """Raise ``ValueError`` unless ``targets`` are ``count`` ids of a vocabulary of that size."""
+    if targets.shape != (count,) or targets.dtype is not torch.int64:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}, expected ({count},) and torch.int64"
+        )
+    if count:
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"targets range from {low} to {high}, expected ids from 0 to {vocabulary - 1}")

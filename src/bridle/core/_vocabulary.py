@@ -68,9 +68,12 @@ class Projection:
         """Return the chunk's hidden states with the inner factor folded in, [n, D]."""
         return self.hidden[rows].to(self.dtype) * self.shaping.inner
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Return a new [n, V] tensor of logits of π."""
-        z = inputs @ self.weight.t() if self.bias is None else torch.addmm(self.bias, inputs, self.weight.t())
+    def logits(self, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the [n, V] logits of π, in ``out`` or a new tensor."""
+        if self.bias is None:
+            z = torch.mm(inputs, self.weight.t(), out=out)
+        else:
+            z = torch.addmm(self.bias, inputs, self.weight.t(), out=out)
         return z if self.shaping.softcap is None else z.tanh_().mul_(self.shaping.outer)
 
     def through_softcap(self, grad: Tensor, logits: Tensor) -> Tensor:

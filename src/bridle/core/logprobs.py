@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bridle.core._checks import at_least_float32, check_dim, check_range
+from bridle.core._checks import at_least_float32, check_dim, check_range, check_targets
 from bridle.core._vocabulary import Projection, ProjectionGrad, Shaping, check_projection, chunks, rows_per_chunk
 
 __all__ = ["entropy_from_logits", "entropy_from_logits_grad", "logprobs_from_logits", "token_logprobs"]
@@ -62,7 +62,7 @@ def token_logprobs(
     ∂H/∂(z/τ) = −π (log π + H).
     """
     check_projection(hidden, weight, bias)
-    _check_targets(targets, hidden.shape[0], weight.shape[0])
+    check_targets(targets, hidden.shape[0], weight.shape[0])
     shaping = Shaping(temperature=temperature, scale=scale, softcap=softcap)
     rows = rows_per_chunk(chunk, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):  # float32 is promised, whatever the caller computes in
@@ -93,7 +93,7 @@ def logprobs_from_logits(
     Source: the definition; Sutton & Barto 2018, eq. (13.2), the soft-max in action preferences.
     """
     check_dim("logits", logits, 2, "[N, V]")
-    _check_targets(targets, *logits.shape)
+    check_targets(targets, *logits.shape)
     return _log_softmax(logits, temperature).gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
@@ -132,17 +132,6 @@ def entropy_from_logits_grad(logits: Float[Tensor, "N V"], *, temperature: float
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     check_range("temperature", temperature, 0.0, math.inf, closed=False)
     return (logits.to(at_least_float32(logits)) / temperature).log_softmax(-1)
-
-
-def _check_targets(targets: Tensor, count: int, vocabulary: int) -> None:
-    if targets.shape != (count,) or targets.dtype is not torch.int64:
-        raise ValueError(
-            f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}, expected ({count},) and torch.int64"
-        )
-    if count:
-        low, high = (int(bound) for bound in targets.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"targets range from {low} to {high}, expected ids from 0 to {vocabulary - 1}")
 
 
 class _TokenLogprobs(torch.autograd.Function):

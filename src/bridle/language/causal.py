@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridle.core.divergence import exact_kl, exact_kl_from_hidden
+from bridle.core.head import HeadAnswers, VocabularyHead, Weighing, head_answers
 from bridle.core.logprobs import entropy_from_logits, logprobs_from_logits, token_logprobs
 from bridle.errors import ModelError
 from bridle.random import generator
@@ -150,6 +151,50 @@ class CausalModel(nn.Module):
             softcap=self.form.softcap,
             with_entropy=with_entropy,
         )
+
+    @torch.no_grad()
+    def answers(
+        self,
+        features: Float[Tensor, "n F"],
+        targets: Int[Tensor, " n"],
+        *,
+        reference: tuple[CausalModel, Float[Tensor, "n F"]] | None = None,
+        temperature: float = 1.0,
+        weighing: Weighing | None = None,
+    ) -> tuple[HeadAnswers, Float[Tensor, "n F"] | None]:
+        """Return log π(target), the entropy and the KL to a reference, each position's logits computed once.
+
+        With ``weighing`` (fused models only) also ∂ loss / ∂ features, and the output weights' gradient is added to theirs:
+        see :func:`bridle.core.head.head_answers`.
+        """
+        if self.form is None or (reference is not None and reference[0].form is None):
+            if weighing is not None:
+                raise ValueError("the gradient of a head in one pass needs a fused model")
+            logp, entropy = self.logprobs(features, targets, temperature=temperature)
+            kl = None if reference is None else self.exact_kl(features, *reference, temperature=temperature)
+            return HeadAnswers(logp=logp, entropy=entropy, kl=kl), None
+        head = self.head()
+        moved = [t for t in (head.weight, head.bias) if weighing is not None and t is not None and t.requires_grad]
+        for tensor in moved:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        return head_answers(
+            features,
+            head,
+            targets,
+            reference=None if reference is None else (reference[1], reference[0].head()),
+            temperature=temperature,
+            weighing=weighing,
+            weight_grad=head.weight.grad if moved else None,
+            bias_grad=head.bias.grad if moved and head.bias is not None else None,
+        )
+
+    def head(self) -> VocabularyHead:
+        """Return the output weights and how they make logits; of a fused model only."""
+        if self.form is None:
+            raise ValueError("on the plain path the model's own forward makes the logits")
+        weight, bias = self._head()
+        return VocabularyHead(weight=weight, bias=bias, scale=self.form.scale, softcap=self.form.softcap)
 
     def exact_kl(
         self,

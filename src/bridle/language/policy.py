@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bridle.batch import Evaluation, Units
+from bridle.core.head import HeadAnswers, HeadSlopes
 from bridle.language.causal import CausalModel
 from bridle.language.segments import Layout, Segments, layout
+from bridle.learn.step import OnePass, Seen, Weighed, plain_vjp
 
 __all__ = ["Critic", "LanguagePolicy", "critic_from_actor", "critic_from_reward_model", "head_values", "value_head"]
 
@@ -58,7 +61,7 @@ def critic_from_reward_model(reward: PreTrainedModel) -> Critic:
     return Critic(copy.deepcopy(reward.base_model), head)
 
 
-class LanguagePolicy(nn.Module):
+class LanguagePolicy(nn.Module, OnePass):
     """Actor and critic as one module: ``policy(segments)`` evaluates every action that the segments hold.
 
     ``critic`` is a :class:`Critic` (own backbone) or a linear value head on the actor's trunk. The reference is held, not
@@ -100,6 +103,59 @@ class LanguagePolicy(nn.Module):
             exact_kl = self._exact_kl(segments, place, states.features)
         return Evaluation(logp=logp, entropy=entropy, value=values, exact_kl=exact_kl, last_value=last)
 
+    def differentiate(self, units: Units, slopes: Weighed) -> Seen:
+        """Evaluate the actions of ``units`` and take their slopes back to the weights: first the actor, then the critic.
+
+        Each position's logits exist once, and where the critic has its own backbone only one of the two graphs at a time.
+        """
+        if not self.actor.fused:
+            seen, pull_back = plain_vjp(self, units)
+            pull_back(slopes(seen, slice(None)))
+            return seen
+        segments = cast("Segments", units)
+        place = layout(segments, self.device)
+        own = isinstance(self.critic, Critic)
+        with self.computing():
+            states = self.actor.states(place.input_ids, place.rows, place.columns)
+            values = states.hidden.new_zeros(len(place.rows), dtype=torch.float32)
+            if not own:
+                values, _ = self._values(place, states.hidden, last_value=False)
+        seen, hidden_slope, value_slope = self._actor_slopes(segments, place, states.features, values.detach(), slopes)
+        _pull_back((states.features, hidden_slope), (values, value_slope))
+        if not own:
+            return seen
+        del states
+        with self.computing():
+            values, _ = self._values(place, values, last_value=False)
+        seen = replace(seen, value=values.detach())
+        _pull_back((values, slopes(seen, slice(None)).value))
+        return seen
+
+    def _actor_slopes(
+        self, segments: Segments, place: Layout, features: Tensor, values: Tensor, slopes: Weighed
+    ) -> tuple[Seen, Tensor | None, Tensor | None]:
+        """Answers to all actions, and the loss's slopes with respect to the actor's features and to the values."""
+        found: list[Tensor | None] = []
+
+        def weigh(rows: slice, head: HeadAnswers) -> HeadSlopes:
+            seen = Seen(logp=head.logp, entropy=head.entropy, value=values[rows], exact_kl=head.kl)
+            given = slopes(seen, rows)
+            found.append(given.value)
+            return HeadSlopes(logp=given.logp, entropy=given.entropy, kl=given.exact_kl)
+
+        theirs = self._reference_features(segments, place)
+        (reference,) = self._reference
+        answers, slope = self.actor.answers(
+            features.detach(),
+            place.targets,
+            reference=None if theirs is None or reference is None else (reference, theirs),
+            temperature=self.temperature,
+            weighing=weigh,
+        )
+        seen = Seen(logp=answers.logp, entropy=answers.entropy, value=values, exact_kl=answers.kl)
+        given = [slope for slope in found if slope is not None]
+        return seen, slope, torch.cat(given) if given else None
+
     def _values(
         self, place: Layout, hidden: Float[Tensor, "n D"], *, last_value: bool
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " U"] | None]:
@@ -115,15 +171,21 @@ class LanguagePolicy(nn.Module):
     def _exact_kl(
         self, segments: Segments, place: Layout, features: Float[Tensor, "n F"]
     ) -> Float[Tensor, " n"] | None:
+        theirs = self._reference_features(segments, place)
+        (reference,) = self._reference
+        if theirs is None or reference is None:
+            return None
+        return self.actor.exact_kl(features, reference, theirs, temperature=self.temperature)
+
+    def _reference_features(self, segments: Segments, place: Layout) -> Float[Tensor, "n F"] | None:
+        """What the reference's projection reads at each action: kept, or computed where a loss needs it; else None."""
         (reference,) = self._reference
         if reference is None or (segments.ref_features is None and not self._leashed):
             return None
         if segments.ref_features is not None:
-            theirs = torch.cat(segments.ref_features)
-        else:
-            with torch.no_grad():
-                theirs = reference.states(place.input_ids, place.rows, place.columns).features
-        return self.actor.exact_kl(features, reference, theirs, temperature=self.temperature)
+            return torch.cat(segments.ref_features)
+        with torch.no_grad(), self.computing():
+            return reference.states(place.input_ids, place.rows, place.columns).features
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -143,6 +205,13 @@ class LanguagePolicy(nn.Module):
         finally:
             for parameter, wanted in before.items():
                 parameter.requires_grad_(wanted)
+
+
+def _pull_back(*pairs: tuple[Tensor, Tensor | None]) -> None:
+    """Go on from slopes with respect to some answers to the weights, by autograd."""
+    wanted = [(answer, slope) for answer, slope in pairs if slope is not None and answer.requires_grad]
+    if wanted:
+        torch.autograd.backward([answer for answer, _ in wanted], [slope for _, slope in wanted])
 
 
 def head_values(head: nn.Linear, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ...]:

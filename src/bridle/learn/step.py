@@ -21,6 +21,7 @@ __all__ = [
     "HandDifferentiated",
     "Minibatch",
     "Objective",
+    "OnePass",
     "Pullback",
     "Seen",
     "Slopes",
@@ -150,10 +151,24 @@ class HandDifferentiated(ABC):
         """
 
 
+Weighed = Callable[[Seen, slice], Slopes]
+"""Given answers to a stretch of the actions, ∂ loss / ∂ each of them, the actions' weights included. A slope depends on
+the answer of its own name alone, so an answer that is not there yet may be any number."""
+
+
+class OnePass(ABC):
+    """A policy that takes the loss's slopes while it answers, so that it need keep nothing for a backward pass."""
+
+    @abstractmethod
+    def differentiate(self, units: Any, slopes: Weighed) -> Seen:
+        """Add the gradient of Σ_i loss_i over the units' actions to that of the weights; return the answers."""
+
+
 class Objective(Protocol):
     """A loss per action as a function of the policy's answers, with its closed-form derivatives.
 
     ``loss`` is the oracle of ``derivatives``: what autograd makes of the one is the other. Training reads the second.
+    It is a sum of terms that read one of the answers each.
     """
 
     def loss(self, e: Evaluation, m: Minibatch) -> Float[Tensor, " n"]:
@@ -310,16 +325,20 @@ def plain_vjp(policy: Policy, units: Units) -> tuple[Seen, Pullback]:
 
 
 def _backward(policy: Policy, units: Units, part: Minibatch, objective: Objective) -> Seen:
-    seen, pull_back = policy.vjp(units) if isinstance(policy, HandDifferentiated) else plain_vjp(policy, units)
-    slopes = objective.derivatives(seen, part)
-    pull_back(
-        Slopes(
-            logp=None if slopes.logp is None else slopes.logp * part.weights,
-            entropy=None if slopes.entropy is None else slopes.entropy * part.weights,
-            value=None if slopes.value is None else slopes.value * part.weights,
-            exact_kl=None if slopes.exact_kl is None else slopes.exact_kl * part.weights,
+    def weighed(seen: Seen, rows: slice) -> Slopes:
+        own = part if rows == slice(None) else part.select(rows)
+        slopes = objective.derivatives(seen, own)
+        return Slopes(
+            logp=None if slopes.logp is None else slopes.logp * own.weights,
+            entropy=None if slopes.entropy is None else slopes.entropy * own.weights,
+            value=None if slopes.value is None else slopes.value * own.weights,
+            exact_kl=None if slopes.exact_kl is None else slopes.exact_kl * own.weights,
         )
-    )
+
+    if isinstance(policy, OnePass):
+        return policy.differentiate(units, weighed)
+    seen, pull_back = policy.vjp(units) if isinstance(policy, HandDifferentiated) else plain_vjp(policy, units)
+    pull_back(weighed(seen, slice(None)))
     return seen
 
 
