@@ -76,12 +76,12 @@ SIGNATURES = {
         "Agent.session": "self, *, draws=None",
     },
     "jobs.control": {
-        "run": "config, *, resume=False, world=None",
-        "train": "env, *, preset='auto', resume=False, **settings",
+        "run": "config, *, resume=False, force=False, world=None",
+        "train": "env, *, preset='auto', resume=False, force=False, **settings",
         "default_config": "env, *, preset='auto', algorithm='ppo', world=None",
     },
     "runs": {
-        "Run.create": "path, job, config, *, resolved=None",
+        "Run.create": "path, job, config, *, resolved=None, depends=None",
         "Run.open": "path, *, write=False",
         "Run.record": "self, step, metrics",
         "Run.checkpoint": "self, step",

@@ -52,6 +52,16 @@ class Endless(gymnasium.Env[np.ndarray, int]):
         return np.ones(1, np.float32), 1.0, False, False, {}
 
 
+class Restless(Endless):
+    """Shows how often any of its kind has been stepped, whatever its seed: the same actions never lead to the same place."""
+
+    steps = 0
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        Restless.steps += 1
+        return np.full(1, 1 / (1 + Restless.steps), np.float32), 1.0, False, False, {}
+
+
 class Faulty(Endless):
     """Goes wrong at its third step in the way it is told to."""
 
@@ -248,6 +258,7 @@ _TEXT_INSIDE = spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2), spaces.Text(3
 WORLDS: dict[str, dict[str, Any]] = {
     "Counter-v0": {"entry_point": Counter},
     "Endless-v0": {"entry_point": Endless, "max_episode_steps": 4},
+    "Restless-v0": {"entry_point": Restless, "max_episode_steps": 5},
     "NeverCut-v0": {"entry_point": Endless},
     "Raises-v0": {"entry_point": Faulty, "kwargs": {"fault": "raises"}},
     "NaN-v0": {"entry_point": Faulty, "kwargs": {"fault": "nan_observation"}},

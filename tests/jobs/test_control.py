@@ -18,7 +18,7 @@ from bridle.control.collect import Collector
 from bridle.control.evaluate import EvaluationSettings
 from bridle.control.making import WorldSettings, make_world
 from bridle.control.networks import NetworkSettings, build_policy
-from bridle.errors import ConfigError, SamplerMismatch, WorldError
+from bridle.errors import ConfigError, RunError, SamplerMismatch, WorldError
 from bridle.jobs.config import from_dict, to_dict
 from bridle.jobs.control import Algorithm, ControlConfig, default_config, kind_of, run, train
 from bridle.jobs.learner import Learner, Progress
@@ -48,7 +48,9 @@ def small(path: Path, **changes: Any) -> ControlConfig:
         "evaluation": EvaluationSettings(every=3, episodes=5, final_episodes=6),
         "restart_every": 2,
         "scale_rewards": False,
-        "run": RunSettings(dir=path, checkpoint_every=2, keep_checkpoints=9, threads=1, quiet=True, **run_changes),
+        "run": RunSettings(
+            **{"dir": path, "checkpoint_every": 1, "keep_checkpoints": 99, "threads": 1, "quiet": True, **run_changes}
+        ),
         **changes,
     }
     return ControlConfig(**settings)
@@ -78,6 +80,8 @@ def forget_after(path: Path, step: int) -> None:
         {"network": NetworkSettings(hidden=(8,), recurrent="lstm"), "normalise_observations": True},
         {"clip_schedule": "linear", "recompute_advantages": True, "ppo": PPOSettings(epochs=3, whiten="minibatch")},
         {"env": "BridleTest/EndlessImage-v0", "clip_rewards": 1.0, "scale_rewards": True},
+        {"env": "Pendulum-v1", "scale_rewards": True, "restart_every": 0},
+        {"env": "Acrobot-v1", "world": WorldSettings(num_envs=2, vectorization="async", autoreset="next_step")},
     ],
 )
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -85,7 +89,7 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, 
     assert len(metrics(whole)) >= 8
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
-    forget_after(cut, 4)
+    forget_after(cut, 5)  # in the middle of episodes: the environments start anew after every second update
     run(small(cut, **changes), resume=True)
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert (whole / "best" / "best.json").is_file()
@@ -95,8 +99,35 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, 
         "best/policy.safetensors",
         "best/best.json",
         "checkpoints/step-8/statistics.safetensors",
+        "checkpoints/step-8/optimiser.safetensors",
+        "checkpoints/step-8/episodes.safetensors",
     ):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_an_environment_that_its_seed_does_not_determine_is_named_and_forced(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", env="BridleTest/Restless-v0", total_steps=256)
+    run(config)
+    forget_after(tmp_path / "run", 3)
+    with pytest.raises(RunError, match=r"Restless-v0: the same seed and actions lead elsewhere .* --force"):
+        run(config, resume=True)
+    run(config, resume=True, force=True)
+    (event,) = [event for event in Run.open(tmp_path / "run").events() if event["kind"] == "forced"]
+    assert str(event["text"]).endswith("its episodes start anew")
+
+
+def test_a_vector_environment_that_is_also_judged_in_resumes_exactly(tmp_path: Path) -> None:
+    def one(folder: Path, *, resume: bool) -> Path:
+        return run(small(folder, total_steps=192), resume=resume, world=SyncVectorEnv([worlds.Counter] * 3))
+
+    whole, cut = one(tmp_path / "whole", resume=False), tmp_path / "cut"
+    for after in (2, 3):  # an evaluation comes after the third update, and drops the episodes in progress
+        shutil.copytree(whole, cut)
+        forget_after(cut, after)
+        one(cut, resume=True)
+        assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+        assert (cut / "policy/policy.safetensors").read_bytes() == (whole / "policy/policy.safetensors").read_bytes()
+        shutil.rmtree(cut)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +128,11 @@ class Recall:
 
 
 class Collector:
-    """Acts in a world, rollout after rollout; episodes go on from one to the next."""
+    """Acts in a world, rollout after rollout; episodes go on from one to the next.
+
+    The inside of an environment cannot be saved, but what led there can: the key it was reset from and every action
+    since. :meth:`replay` takes the same steps again, without a policy.
+    """
 
     def __init__(self, world: World, n_steps: int, *, device: torch.device | None = None) -> None:
         """Prepare to collect ``n_steps`` steps a rollout; the policy lives on ``device``."""
@@ -134,6 +140,8 @@ class Collector:
         self.n_steps = n_steps
         self._device = device or torch.device("cpu")
         self._observations: Observations | None = None
+        self._restarted = 0
+        self._played: list[NDArray[Any]] = []
         self._recall: Recall | None = None
         self._returns = np.zeros(world.num_envs)
         self._lengths = np.zeros(world.num_envs, dtype=np.int64)
@@ -143,9 +151,52 @@ class Collector:
         # leaves room for one environment each at seed, seed + 1, …
         start = int(generator(seed, "environments", step).integers(2**31 - self.world.num_envs))
         self._observations = self.world.reset(start)
+        self._restarted = step
+        self._played = []
         self._recall = None
         self._returns[:] = 0
         self._lengths[:] = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether :meth:`restart` must be called before the next rollout."""
+        return self._observations is None
+
+    def forget(self) -> None:
+        """Drop the episodes in progress, as when somebody else has used the world."""
+        self._observations = None
+        self._played = []
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what :meth:`replay` needs: the last restart, the actions since, and what came of them; empty if idle."""
+        if self._observations is None:
+            return {}
+        kept = {"restarted": torch.tensor(self._restarted), **_shown(self._observations)}
+        if self._played:
+            kept["actions"] = torch.from_numpy(np.concatenate(self._played))
+        if self._recall is not None and self._recall.state is not None:
+            kept["memory"] = self._recall.state
+        return kept
+
+    def replay(self, kept: Mapping[str, Tensor], policy: ControlPolicy, *, seed: int) -> bool:
+        """Bring the world to where :meth:`state` was taken; False if the same actions led elsewhere.
+
+        Raises:
+            WorldError: as :meth:`collect`.
+        """
+        self.restart(seed=seed, step=int(kept["restarted"]))
+        actions = kept["actions"].numpy() if "actions" in kept else ()
+        for played in actions:
+            taken = self.world.step(played)
+            self._account(taken)
+            self._observations = taken.observations
+        if len(actions):
+            self._played.append(np.asarray(actions))
+        if "memory" in kept:
+            self._recall = Recall(policy, self.world.num_envs)
+            self._recall.state = kept["memory"].to(self._device)
+        assert self._observations is not None
+        return all(torch.equal(value, kept[name]) for name, value in _shown(self._observations).items())
 
     @torch.no_grad()
     def collect(self, policy: ControlPolicy, moments: Moments | None, *, seed: int, step: int) -> Rollout:
@@ -164,10 +215,12 @@ class Collector:
         recall.begin()
         draws = generator(seed, "actions", step)
         shown, acts, steps = [], [], []
+        played: list[NDArray[Any]] = []
         episodes: list[Episode] = []
         for _ in range(self.n_steps):
             acted = policy.act(normalise(observations, moments).to(self._device), recall.state, draws)
-            taken = self.world.step(policy.play(acted.actions.cpu().numpy()))
+            played.append(np.array(policy.play(acted.actions.cpu().numpy())))
+            taken = self.world.step(played[-1])
             episodes += self._account(taken)
             recall.take(acted, taken)
             shown.append(observations)
@@ -175,6 +228,7 @@ class Collector:
             steps.append(taken)
             observations = taken.observations
         self._observations = observations
+        self._played.append(np.stack(played))
         truncated = _columns([s.truncated for s in steps])
         return Rollout(
             observations=Observations.stack(shown, dim=1),
@@ -203,6 +257,13 @@ class Collector:
             self._returns[i] = 0
             self._lengths[i] = 0
         return ended
+
+
+def _shown(observations: Observations) -> dict[str, Tensor]:
+    """Name the tensors of what the environments show."""
+    named = {"shown/vector": observations.vector, "shown/mask": observations.mask}
+    named |= {f"shown/image-{i}": image for i, image in enumerate(observations.images)}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _columns(rows: list[np.ndarray]) -> Tensor:

@@ -1,8 +1,9 @@
 """``bridle train``: an agent learns in a Gymnasium environment, by PPO, TRPO or the plain actor–critic.
 
-Each update acts ``n_steps`` steps in every environment, learns from them, and records what it saw. The environments start
-anew from a keyed seed every ``restart_every`` updates and after a resume; so a run resumed from a checkpoint at such an
-update goes on exactly as the uninterrupted one, although the inside of an environment cannot be saved.
+Each update acts ``n_steps`` steps in every environment, learns from them, and records what it saw. The inside of an
+environment cannot be saved, so a checkpoint keeps the actions since the environments last started anew, and a resume takes
+them again: from every checkpoint a run goes on exactly as the uninterrupted one. So that this stays short, the environments
+start anew from a keyed seed every ``restart_every`` updates.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import BoxActions
-from bridle.errors import ConfigError, SamplerMismatch
+from bridle.errors import ConfigError, RunError, SamplerMismatch
 from bridle.jobs.config import from_dict, to_dict
 from bridle.jobs.learner import Learner
 from bridle.jobs.presets import KINDS, PRESETS, merged
@@ -41,6 +42,7 @@ from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep
 from bridle.learn.trpo import TRPOSettings
+from bridle.runs.files import load_tensors, save_tensors
 
 __all__ = ["ControlConfig", "default_config", "kind_of", "run", "train"]
 
@@ -58,7 +60,7 @@ RESTART_GRAIN = 50
 """By default the updates between two restarts of the environments are a multiple of this."""
 
 UNDISTURBED = 6_000
-"""Steps that each environment is left alone at least, by default, before it starts anew for the sake of exact resumes."""
+"""Steps that each environment is left alone at least, by default, before it starts anew for the sake of short resumes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +107,8 @@ class ControlConfig:
     recompute_advantages: bool = False
     """Evaluate the rollout's values and advantages again with the present critic before each of PPO's epochs."""
     restart_every: int | None = None
-    """Updates after which the environments start anew; a resume from a checkpoint at such an update is exact. 0: never. By
-    default a multiple of 50 that leaves each environment at least 6,000 steps."""
+    """Updates after which the environments start anew; a resume takes the steps since again. 0: never, and the actions of
+    the whole run are kept. By default a multiple of 50 that leaves each environment at least 6,000 steps."""
     record_every: int = 1
     """Updates between two records."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -202,19 +204,26 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
                 session.leave_out("entropy_collapse")  # a density's entropy has no floor
             learner = Learner(config, policy.to(session.device), acted)
             learner.restore(session)
-            _train(config, learner, Collector(acted, config.n_steps, device=session.device), judge, session)
+            collector = Collector(acted, config.n_steps, device=session.device)
+            _take_up_episodes(collector, learner, session)
+            _train(config, learner, collector, judge, session)
             with session.run.export("policy") as folder:
                 save_policy(folder, learner.agent, config.network, env=config.env)
     return session.run.path
 
 
 def _train(config: ControlConfig, learner: Learner, collector: Collector, judge: World, session: Session) -> None:
-    seed, step, fresh = config.run.seed, session.start, True
+    seed, step = config.run.seed, session.start
+
+    def save(folder: Path) -> None:
+        learner.save(folder, session)
+        save_tensors(folder / "episodes.safetensors", collector.state())
+
     with session.progress(config.total_steps, config.env, start=learner.progress.actions) as bar:
         while learner.progress.actions < config.total_steps:
             step += 1
             started = time.perf_counter()
-            if fresh or (config.restart_updates and (step - 1) % config.restart_updates == 0):
+            if collector.idle or (config.restart_updates and (step - 1) % config.restart_updates == 0):
                 collector.restart(seed=seed, step=step)
                 learner.forget_episodes_in_progress()
             rollout = collector.collect(learner.policy, learner.moments, seed=seed, step=step)
@@ -244,8 +253,31 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             if learner.progress.recent:
                 shown = {"return": learner.progress.recent_return, **shown}
             bar.advance(rollout.steps, **shown, **{"steps/s": speed})
-            session.end_step(step, last=step if last else step + 1, save=lambda folder: learner.save(folder, session))
-            fresh = bool(scores) and judge is collector.world
+            if scores and judge is collector.world:
+                collector.forget()
+            session.end_step(step, last=step if last else step + 1, save=save)
+
+
+def _take_up_episodes(collector: Collector, learner: Learner, session: Session) -> None:
+    """Bring the environments to where the checkpoint left them, by taking the same steps again.
+
+    Raises:
+        RunError: they led elsewhere: the environment is not determined by its seed and the actions.
+    """
+    if session.checkpoint is None:
+        return
+    kept = load_tensors(session.checkpoint.path / "episodes.safetensors")
+    if not kept or collector.replay(kept, learner.policy, seed=session.seed):
+        return
+    text = f"{collector.world.name}: the same seed and actions lead elsewhere than before the checkpoint"
+    if not session.force:
+        raise RunError(
+            f"{text}, so it cannot go on as the same run to the bit; let its episodes start anew with: "
+            f"bridle resume {session.run.path} --force"
+        )
+    session.run.event("forced", f"{text}; its episodes start anew", step=session.start)
+    session.say(f"{text}; its episodes start anew")
+    collector.forget()
 
 
 def _judge(

@@ -210,7 +210,7 @@ class Learner:
             self.moments = Moments(**{name: statistics[f"observations/{name}"] for name in _MOMENTS})
         if self.scale is not None:
             moments = Moments(**{name: statistics[f"rewards/{name}"] for name in _MOMENTS})
-            self.scale = replace(self.scale, moments=moments)
+            self.scale = replace(self.scale, moments=moments, running=statistics["rewards/running"])
         self.progress = from_dict(Progress, cast(dict[str, Json], load_json(folder / "progress.json")))
         if self.progress.best is not None:
             with session.run.export("best") as best:
@@ -218,4 +218,5 @@ class Learner:
 
     def _statistics(self) -> dict[str, Tensor]:
         moments = {"observations": self.moments, "rewards": None if self.scale is None else self.scale.moments}
-        return {f"{of}/{name}": getattr(m, name) for of, m in moments.items() if m is not None for name in _MOMENTS}
+        kept = {f"{of}/{name}": getattr(m, name) for of, m in moments.items() if m is not None for name in _MOMENTS}
+        return kept if self.scale is None else kept | {"rewards/running": self.scale.running}
