@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -365,5 +366,56 @@ def test_a_mistake_on_resume_throws_no_run_away(tmp_path: Path) -> None:
 
     with pytest.raises(DataError):
         toy(config, resume=True, at=mistake)
+    toy(config, resume=True)
+    assert Run.open(config.run.dir).state() is RunState.FINISHED
+
+
+@pytest.mark.parametrize("where", ["metrics", "checkpoint"])
+def test_a_full_disk_ends_the_run_in_one_line_and_it_can_be_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also the event that says so cannot be written then, which must not hide what went wrong first."""
+    whole = ToyConfig(run=settings(tmp_path / "whole"))
+    toy(whole)
+    config = ToyConfig(run=settings(tmp_path / "parts"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(step: int, _: Session) -> None:
+        if step == (6 if where == "metrics" else 8):
+            monkeypatch.setattr("bridle.runs.directory.append_line", refuse)
+            monkeypatch.setattr(os, "fsync", refuse)
+
+    with pytest.raises(RunError) as caught:
+        toy(config, at=fill)
+    monkeypatch.undo()
+    assert str(caught.value) == (
+        f"{config.run.dir} cannot be written (No space left on device); free some space, "
+        f"then go on with: bridle resume {config.run.dir} (newest checkpoint: step 4)"
+    )
+    toy(config, resume=True)
+    assert (config.run.dir / "metrics.jsonl").read_bytes() == (whole.run.dir / "metrics.jsonl").read_bytes()
+
+
+def test_a_second_signal_in_the_middle_of_a_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
+    config = ToyConfig(run=settings(tmp_path))
+
+    def save(folder: Path) -> None:
+        save_json(folder / "state.json", 1.0)
+        if folder.name == ".step-6.partial":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def stop() -> None:
+        with open_session("toy", config, config.run) as session:
+            for step in session.steps(10):
+                session.record(step, {"state": 1.0})
+                interrupt(6)(step, session)
+                session.end_step(step, last=10, save=save)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        stop()
+    assert not isinstance(caught.value, Stopped)
+    assert [path.name for path in (config.run.dir / "checkpoints").iterdir()] == ["step-4"]
     toy(config, resume=True)
     assert Run.open(config.run.dir).state() is RunState.FINISHED

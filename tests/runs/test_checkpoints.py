@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -175,3 +180,149 @@ def test_json_round_trips_and_is_written_whole(tmp_path: Path) -> None:
     write_text(path, "neu\n")
     assert path.read_text() == "neu\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_checkpoint_of_a_newer_bridle_is_refused_by_name_and_not_taken_for_damaged(run: Run) -> None:
+    save(run, 1)
+    save(run, 2)
+    manifest = run.path / "checkpoints/step-2/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(RunError, match=r"step-2 is a checkpoint of format 2, and this bridle reads 1; use a newer"):
+        run.latest_checkpoint()
+
+
+def test_what_a_crash_left_half_done_is_mended_when_the_run_is_taken_up(run: Run) -> None:
+    save(run, 1)
+    with run.export("best") as folder:
+        (folder / "policy").write_text("good")
+    run.close()
+    (run.path / "best").rename(run.path / ".best.old")  # died between the two renames of a replacement
+    (run.path / "checkpoints/.step-2.partial").mkdir()
+    (run.path / "checkpoints/.step-2.partial/model").write_text("half")
+    (run.path / "samples/.step-2.jsonl.partial").write_text("half")
+    Run.open(run.path, write=True).close()
+    assert (run.path / "best/policy").read_text() == "good"
+    assert not list(run.path.rglob(".*.partial")) + list(run.path.rglob(".*.old"))
+
+
+def test_pruning_never_shows_half_a_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(run, step)
+
+    def die(path: Path, *_: object, **__: object) -> None:
+        if path.is_dir():
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("bridle.runs.checkpoints.shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.prune(1)
+    assert [c.step for c in run.checkpoints()] == [2]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse what would make a file longer than ``size`` bytes, as a quota does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(run: Run) -> None:
+    run.record(1, {"loss": 0.5})
+    before = (run.path / "metrics.jsonl").read_bytes()
+    with files_of_at_most(len(before) + 10), pytest.raises(RunError, match=r"cannot be written \(File too large\)"):
+        run.record(2, {"loss": 0.25})
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+    run.record(2, {"loss": 0.25})
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_and_says_so_in_a_line(run: Run) -> None:
+    save(run, 1)
+
+    def fill() -> None:
+        with run.checkpoint(2) as folder:
+            save_tensors(folder / "big.safetensors", {"weights": torch.zeros(10_000)})
+
+    with files_of_at_most(20_000), pytest.raises(RunError) as caught:
+        fill()
+    assert str(caught.value) == (
+        f"{run.path} cannot be written (File too large); see to it that it can be written, "
+        f"then go on with: bridle resume {run.path} (newest checkpoint: step 1)"
+    )
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-1"]
+    verify(run.checkpoints()[0])
+    fill()
+    assert [c.step for c in run.checkpoints()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "No space left on device); free some space"),
+        (errno.EDQUOT, "Disk quota exceeded); free some space"),
+        (errno.EROFS, "Read-only file system); see to it that it can be written"),
+    ],
+)
+def test_a_full_disk_a_quota_and_a_folder_for_reading_only_are_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    save(run, 1)
+    monkeypatch.setattr(os, "fsync", refuse)
+    for attempt in (lambda: save(run, 2), lambda: run.samples(2, [{"answer": "a"}])):
+        with pytest.raises(RunError) as caught:
+            attempt()
+        assert remedy in str(caught.value)
+    assert [c.step for c in run.checkpoints()] == [1]
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.close()
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RunError, match=r"cannot be written \(Read-only file system\); make it writable, or copy it"):
+        Run.open(run.path, write=True)
+
+
+def test_a_process_that_outlives_the_run_does_not_hold_its_lock(run: Run) -> None:
+    ready, tell = os.pipe()
+    wait, go = os.pipe()
+    child = os.fork()
+    if child == 0:  # like the process of an environment
+        os.write(tell, b"1")
+        os.read(wait, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    with pytest.raises(RunError, match="in use"):
+        Run.open(run.path, write=True)
+    run.close()  # as its death would
+    try:
+        Run.open(run.path, write=True).close()
+    finally:
+        os.write(go, b"1")
+        os.waitpid(child, 0)
+        for descriptor in (ready, tell, wait, go):
+            os.close(descriptor)
+
+
+def test_a_beginning_that_died_at_once_is_begun_again(tmp_path: Path) -> None:
+    for name in ("samples", "checkpoints", "faults"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    Run.create(tmp_path / "run", "toy", {}).close()
+    with pytest.raises(RunError, match="is not empty"):
+        Run.create(tmp_path / "run", "toy", {})
+    (tmp_path / "other" / "samples").mkdir(parents=True)
+    (tmp_path / "other" / "samples" / "mine.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not empty"):
+        Run.create(tmp_path / "other", "toy", {})
