@@ -76,14 +76,25 @@ class TrainingError(BridleError):
 class NonFiniteStep(TrainingError):
     """A loss, gradient or ratio that is not finite; the step was not applied.
 
-    ``rows`` are the positions in the batch's units that the minibatch held.
+    ``what`` was not finite, ``rows`` are the positions in the batch's units that the minibatch held, ``parameters`` the
+    names of those whose gradients were not finite, and ``evidence`` is what the step was to be taken on, if whoever
+    raised it knows.
     """
 
-    def __init__(self, what: str, rows: tuple[int, ...]) -> None:
+    def __init__(self, what: str, rows: tuple[int, ...], *, parameters: tuple[str, ...] = ()) -> None:
         super().__init__(
             f"{what} is not finite; the optimiser step was not applied ({len(rows)} units in the minibatch)"
         )
+        self.what = what
         self.rows = rows
+        self.parameters = parameters
+        self.evidence: object | None = None
+
+    def seen_on(self, rows: tuple[int, ...], evidence: object) -> NonFiniteStep:
+        """Return the same, found on the units ``rows``, with what the step was to be taken on."""
+        fault = NonFiniteStep(self.what, rows, parameters=self.parameters)
+        fault.evidence = evidence
+        return fault
 
 
 class NonFiniteLogits(TrainingError):

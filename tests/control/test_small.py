@@ -9,13 +9,17 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from bridle.batch import Batch
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.observations import Observations
 from bridle.control.policy import Transitions
 from bridle.control.small import SmallActorCritic
 from bridle.control.spaces import action_spec, observation_spec
+from bridle.errors import NonFiniteStep
+from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
+from bridle.learn.ppo import PPOSettings
 from bridle.learn.step import HandDifferentiated, Seen, Slopes, plain_vjp
 
 SHAPES = [
@@ -196,3 +200,29 @@ def test_masked_actions_take_the_plain_path() -> None:
     masked = Transitions(observations=given.observations.with_mask(mask), actions=given.actions.clamp(min=1))
     seen, _ = policy.vjp(masked)
     torch.testing.assert_close(seen.logp, policy(masked).logp)
+
+
+@pytest.mark.parametrize("kind", ["discrete", "box"])
+def test_one_weight_that_is_nan_never_passes_for_a_step(kind: str) -> None:
+    """Nobody asks its answers whether they are finite: each weight's fault must show in the gradient's norm."""
+    for spoilt in range(len(list(build(4, kind, 2, NetworkSettings()).parameters()))):
+        policy, given = build(4, kind, 2, NetworkSettings()), units(4, kind, 2, 8)
+        with torch.no_grad():
+            stored = plain_vjp(policy, given)[0]
+        parameters = dict(policy.named_parameters())
+        optimiser = Optimiser([Group(name="policy", parameters=parameters, settings=OptimSettings())], total_steps=1)
+        with torch.no_grad():
+            list(parameters.values())[spoilt].view(-1)[0] = float("nan")
+        before = [parameter.detach().clone() for parameter in policy.parameters()]
+        batch = Batch(
+            units=given,
+            old_logp=stored.logp,
+            old_value=stored.value,
+            advantages=torch.tensor([1.0, -1.0] * 4),
+            returns=torch.ones(8),
+            episode=torch.zeros(8, dtype=torch.int64),
+        )
+        with np.errstate(over="ignore", invalid="ignore"), pytest.raises(NonFiniteStep):
+            list(ppo.update(policy, batch, optimiser, PPOSettings(epochs=1, minibatches=1), seed=0, step=0))
+        after = list(policy.parameters())
+        assert all(torch.equal(a, b) or torch.isnan(b).any() for a, b in zip(after, before, strict=True))

@@ -92,6 +92,7 @@ COMMANDS = {
 _OTHERS = {
     "resume": "go on with a run from its newest checkpoint: bridle resume RUN [--force]",
     "runs": "list the runs under a directory (default: runs): bridle runs [DIR]",
+    "replay": "take a step again that was not finite, and say where that begins: bridle replay RUN/faults/step-N",
     "events": "print what happened in a run, invariants crossed and faults included: bridle events RUN",
 }
 
@@ -153,7 +154,8 @@ def _finding_modules_here() -> Iterator[None]:
 def _one_path(name: str, arguments: Sequence[str], default: str | None) -> Path | None:
     """Read the one path that the commands without options take; None after ``--help``."""
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"usage: bridle {name} {'RUN [--force]' if default is None else '[DIR]'}\n\n{_OTHERS[name]}")
+        takes = {"resume": "RUN [--force]", "runs": "[DIR]", "events": "RUN", "replay": "RUN/faults/step-N"}
+        print(f"usage: bridle {name} {takes[name]}\n\n{_OTHERS[name]}")
         if name == "resume":
             print("\n  --force     go on also where it cannot be the same run to the bit, and record why")
         return None
@@ -209,6 +211,16 @@ def _events(arguments: Sequence[str]) -> None:
     print_events(path)
 
 
+def _replay(arguments: Sequence[str]) -> None:
+    path = _one_path("replay", arguments, None)
+    if path is None:
+        return
+    from bridle.jobs.replay import replay
+
+    with _finding_modules_here():
+        print("\n".join(replay(path)))
+
+
 def _dispatch(arguments: Sequence[str]) -> None:
     name = arguments[0] if arguments else None
     known = [*COMMANDS, *_OTHERS]
@@ -222,6 +234,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         _resume(arguments[1:])
     elif name == "runs":
         _runs(arguments[1:])
+    elif name == "replay":
+        _replay(arguments[1:])
     elif name == "events":
         _events(arguments[1:])
     elif name in COMMANDS:

@@ -20,18 +20,22 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from gymnasium.vector import VectorEnv
 
 from bridle.control.collect import Collector
 from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, evaluate
+from bridle.control.evidence import units_to
 from bridle.control.making import GivenWorld, WorldSettings, is_atari, make_world
 from bridle.control.networks import NetworkSettings, build_policy
+from bridle.control.policy import Sequences, Transitions
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import BoxActions
-from bridle.errors import ConfigError, RunError, SamplerMismatch
+from bridle.errors import ConfigError, NonFiniteStep, RunError, SamplerMismatch
 from bridle.jobs.config import from_dict, to_dict
+from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence
 from bridle.jobs.learner import Learner
 from bridle.jobs.presets import KINDS, PRESETS, merged
 from bridle.jobs.session import RunSettings, Session, open_session
@@ -236,14 +240,21 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
                 rewards=learner.learnt_rewards(rollout),
             )
             again = {"anew": partial(ready, anew=True)} if config.recompute_advantages else {}
-            updates = list(learner.update(ready(), seed=seed, step=step, **again))
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused
+                    updates = list(learner.update(ready(), seed=seed, step=step, **again))
+                _check_gap(updates[0])
+            except NonFiniteStep as fault:
+                contain(session, step, fault, config, _kept(config, learner, fault))
+                updates = []
             learner.take_in(rollout)
-            _check_gap(updates[0])
             elapsed = time.perf_counter() - started
             last = learner.progress.actions >= config.total_steps
             scores = _judge(config, learner, judge, session, step=step, last=last)
             shown: dict[str, float] = {}
-            if scores or step % config.record_every == 0:
+            if not updates:
+                session.record(step, {"actions": learner.progress.actions, "skipped": 1.0, **scores})
+            elif scores or step % config.record_every == 0:
                 metrics = learner.metrics(rollout, updates)
                 session.record(step, {**metrics, **scores})
                 session.run.timing(step, seconds=elapsed, steps_per_second=rollout.steps / elapsed)
@@ -278,6 +289,19 @@ def _take_up_episodes(collector: Collector, learner: Learner, session: Session) 
     session.run.event("forced", f"{text}; its episodes start anew", step=session.start)
     session.say(f"{text}; its episodes start anew")
     collector.forget()
+
+
+def _kept(config: ControlConfig, learner: Learner, fault: NonFiniteStep) -> Kept:
+    """Lay out what the faulty step was to be taken on; earlier steps of its update have been applied, and stay so."""
+    evidence = evidence_of(fault)
+    assert isinstance(evidence.units, Transitions | Sequences)
+    tensors, report = of_evidence(evidence, units_to(evidence.units))
+
+    def save_weights(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        save_policy(folder / "policy", learner.agent, config.network, env=config.env)
+
+    return Kept(tensors=tensors, save_weights=save_weights, report=report)
 
 
 def _judge(

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from bridle.core.divergence import AdaptiveCoefficient
 from bridle.core.moments import Moments
-from bridle.errors import ConfigError, DataError
+from bridle.errors import ConfigError, DataError, NonFiniteStep
+from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence, skipped
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
 from bridle.jobs.sources import LANGUAGE, of_data, of_functions, of_model
 from bridle.language.collect import Episode, PromptTokens, collect, prompts_of_step
 from bridle.language.data import DataSettings
 from bridle.language.evaluate import WithGold, assess
+from bridle.language.evidence import segments_to
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
 from bridle.language.prompts import DemonstrationMix, MixSettings, load_mix, load_prompts
@@ -29,6 +31,7 @@ from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.sampler import SamplingSettings
 from bridle.language.sampler.serving import SamplerKind
 from bridle.language.scorers import RewardSettings, Scorer, build_scorer, gold_scorers, require_room
+from bridle.language.segments import Segments
 from bridle.language.shaping import KLSettings, ShapingSettings
 from bridle.learn import ppo
 from bridle.learn.advantages import AdvantageSettings
@@ -153,15 +156,22 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                 clock = _Clock()
                 optimiser.schedule(step - 1)
                 episodes = clock.lap("collect", _collect(config, world, session.seed, step))
-                prepared = clock.lap("prepare", _prepare(config, world, state, episodes))
-                _tell_gap(prepared, session, step)
-                updates = clock.lap("update", _update(config, world, state, optimiser, prepared, session.seed, step))
-                metrics = rollout_metrics(episodes, prepared, state.kl_coefficient) | summarise(updates)
-                session.record(step, metrics | {f"lr/{name}": lr for name, lr in optimiser.lrs.items()})
-                session.run.samples(step, sample_rows(episodes, prepared, updates))
-                session.run.timing(step, **clock.laps, tokens=len(prepared.batch))
-                progress.advance(**_shown(metrics))
-                state = state.after(prepared, metrics["exact_kl"], len(episodes))
+                try:
+                    prepared = clock.lap("prepare", _prepare(config, world, state, episodes))
+                    _tell_gap(prepared, session, step)
+                    took = _update(config, world, state, optimiser, prepared, session.seed, step)
+                    updates = clock.lap("update", took)
+                except NonFiniteStep as fault:
+                    contain(session, step, fault, config, _kept(world, fault))
+                    session.record(step, skipped(fault, optimiser.lrs))
+                    progress.advance(skipped=fault.what)
+                else:
+                    metrics = rollout_metrics(episodes, prepared, state.kl_coefficient) | summarise(updates)
+                    session.record(step, metrics | {f"lr/{name}": lr for name, lr in optimiser.lrs.items()})
+                    session.run.samples(step, sample_rows(episodes, prepared, updates))
+                    session.run.timing(step, **clock.laps, tokens=len(prepared.batch))
+                    progress.advance(**_shown(metrics))
+                    state = state.after(prepared, metrics["exact_kl"], len(episodes))
                 if step % config.evaluation.every == 0 or step == config.steps:
                     _evaluate(config, world, session, step)
                 session.end_step(step, last=config.steps, save=partial(_save, world, optimiser, state))
@@ -311,6 +321,19 @@ def _update(
                 extra_loss=None if world.mix is None else world.mix.of_step(policy, seed=seed, step=step),
             )
         )
+
+
+def _kept(world: _World, fault: NonFiniteStep) -> Kept:
+    """Lay out what the faulty step was to be taken on; earlier steps of its update have been applied, and stay so."""
+    evidence = evidence_of(fault)
+    assert isinstance(evidence.units, Segments)
+    tensors, report = of_evidence(evidence, segments_to(evidence.units))
+    weights = world.roles.policy.state_dict()
+    return Kept(
+        tensors=tensors,
+        save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),
+        report=report,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 
-from bridle.errors import ConfigError, DataError
+from bridle.errors import ConfigError, DataError, NonFiniteStep
 from bridle.jobs.config import to_dict
+from bridle.jobs.faults import Kept, contain, skipped
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
 from bridle.jobs.sources import LANGUAGE, of_data, of_model
 from bridle.language.comparisons import Comparison, encode_comparisons
 from bridle.language.data import DataSettings, Encoder, read_preferences, read_rankings
+from bridle.language.evidence import comparisons_to
 from bridle.language.models import (
     ModelSettings,
     context_length,
@@ -290,12 +292,25 @@ def _train(world: World, learner: Learner, phase: Phase, step: int, session: Ses
     learner.optimiser.schedule(within)
     chosen = batch_of_step(len(phase.training), size, seed=session.seed, step=within)
     batch = [world.comparisons[phase.training[i]] for i in chosen]
-    with _computing(session):
-        seen = train_step(learner.model, batch, learner.optimiser, world.config.loss)
+    try:
+        with _computing(session):
+            seen = train_step(learner.model, batch, learner.optimiser, world.config.loss)
+    except NonFiniteStep as fault:
+        contain(session, step, fault, world.config, _kept(learner, batch, phase))
+        return {"phase": phase.name, **skipped(fault, learner.optimiser.lrs)}
     tokens = sum(len(answer) for comparison in batch for answer in comparison.answers)
     session.run.timing(step, seconds=round(time.perf_counter() - began, 4), tokens=tokens)
     epoch = within // steps_per_epoch(len(phase.training), size)
     return {"phase": phase.name, "epoch": epoch, "lr": learner.optimiser.lrs["reward"], **dataclasses.asdict(seen)}
+
+
+def _kept(learner: Learner, batch: Sequence[Comparison], phase: Phase) -> Kept:
+    weights = learner.model.state_dict()
+    return Kept(
+        tensors=comparisons_to(batch),
+        save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),
+        report={"phase": phase.name},
+    )
 
 
 def _is_due(config: RewardConfig, phase: Phase, step: int) -> bool:

@@ -77,6 +77,11 @@ class RunSettings:
     """Who gets a copy of the metrics besides metrics.jsonl."""
     quiet: bool = False
     """Print nothing while it works."""
+    on_fault: Literal["stop", "skip"] = "stop"
+    """What follows a loss, gradient, value or log-probability that is not finite. The step is not applied and its
+    evidence is kept either way."""
+    fault_limit: int = 3
+    """≥ 0, steps in a row that may be skipped; the next one stops the run."""
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
@@ -94,6 +99,8 @@ class RunSettings:
             raise ConfigError.of(
                 "run.threads", self.threads, "a whole number from 1 to 1024", "the number of cores is usual"
             )
+        if self.fault_limit < 0:
+            raise ConfigError.of("run.fault_limit", self.fault_limit, "a number of steps >= 0")
         if self.seed < 0:
             raise ConfigError.of("run.seed", self.seed, "a whole number of at least 0")
 
@@ -203,6 +210,19 @@ class Session:
             fields: dict[str, Json] = {"step": step, "invariant": name, "crossed": found.crossed, "value": found.value}
             self.run.event("invariant", found.text, **fields)
             self.say(found.text)
+
+    @property
+    def settings(self) -> RunSettings:
+        """Where the run lies and what it runs on."""
+        return self._settings
+
+    def skipped_before(self, step: int) -> int:
+        """Count the steps right before ``step`` that were skipped, one after the other."""
+        skipped = {row["step"] for row in self.run.metrics() if row.get("skipped")}
+        count = 0
+        while step - 1 - count in skipped:
+            count += 1
+        return count
 
     def leave_out(self, invariant: str) -> None:
         """Stop watching an invariant that makes no sense in this run."""

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bridle.errors import ConfigError, DataError
+from bridle.errors import ConfigError, DataError, NonFiniteStep
+from bridle.jobs.faults import Kept, contain, skipped
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
 from bridle.jobs.sources import LANGUAGE, of_data, of_model
 from bridle.language.causal import CausalModel
 from bridle.language.data import DataSettings, Encoded, Encoder, encode_demonstrations, read_demonstrations
-from bridle.language.likelihood import batch_of_step, held_out_loss, likelihood_step
+from bridle.language.evidence import demonstrations_to
+from bridle.language.likelihood import LikelihoodStep, batch_of_step, held_out_loss, likelihood_step
 from bridle.language.models import (
     ModelSettings,
     context_length,
@@ -115,31 +117,44 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
                 began = time.perf_counter()
                 optimiser.schedule(step - 1)
                 chosen = batch_of_step(len(world.training), config.batch_size, seed=session.seed, step=step - 1)
-                seen = likelihood_step(
-                    world.model,
-                    [world.training[i] for i in chosen],
-                    optimiser,
-                    micro_tokens=config.micro_batch_tokens,
-                    computing=world.computing,
-                )
-                session.run.timing(step, seconds=time.perf_counter() - began, tokens=seen.tokens)
-                metrics: dict[str, float] = {
-                    "epoch": (step - 1) // steps_per_epoch,
-                    "loss": seen.loss,
-                    "lr": optimiser.lrs["policy"],
-                    "grad_norm": seen.grad_norm,
-                    "target_tokens": seen.target_tokens,
-                    "tokens": seen.tokens,
-                }
+                batch = [world.training[i] for i in chosen]
+                try:
+                    seen = _learn(config, world, optimiser, batch)
+                except NonFiniteStep as fault:
+                    contain(session, step, fault, config, _kept(world, batch))
+                    metrics, shown = skipped(fault, optimiser.lrs), {"loss": math.nan}
+                else:
+                    session.run.timing(step, seconds=time.perf_counter() - began, tokens=seen.tokens)
+                    shown = {"loss": seen.loss, "lr": optimiser.lrs["policy"], "grad_norm": seen.grad_norm}
+                    metrics = {
+                        "epoch": (step - 1) // steps_per_epoch,
+                        **shown,
+                        "target_tokens": seen.target_tokens,
+                        "tokens": seen.tokens,
+                    }
                 if world.held_out and (step % config.evaluation.every == 0 or step == total):
                     metrics |= _evaluate(config, world, session, step)
                 session.record(step, metrics)
-                progress.advance(loss=seen.loss, lr=metrics["lr"], grad_norm=seen.grad_norm)
+                progress.advance(**shown)
                 session.end_step(step, last=total, save=partial(_save, world, optimiser))
         with session.run.export("policy") as folder:
             save_model(folder, world.model.model, world.tokenizer)
         session.say(f"policy: {session.run.path / 'policy'} (opens with AutoModelForCausalLM)")
     return config.run.dir
+
+
+def _learn(config: SFTConfig, world: _World, optimiser: Optimiser, batch: list[Encoded]) -> LikelihoodStep:
+    micro = config.micro_batch_tokens
+    return likelihood_step(world.model, batch, optimiser, micro_tokens=micro, computing=world.computing)
+
+
+def _kept(world: _World, batch: list[Encoded]) -> Kept:
+    weights = world.model.state_dict()
+    return Kept(
+        tensors=demonstrations_to(batch),
+        save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),
+        report={"places": [item.place for item in batch]},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from bridle.learn.optim import Optimiser
 from bridle.learn.step import micro_batches
 from bridle.random import permutation
 
-__all__ = ["HeldOut", "LikelihoodStep", "batch_of_step", "held_out_loss", "likelihood_step"]
+__all__ = ["HeldOut", "LikelihoodStep", "add_likelihood", "batch_of_step", "held_out_loss", "likelihood_step"]
 
 Computing = Callable[[], AbstractContextManager[object]]
 """Sets the compute dtype for a block."""
@@ -71,23 +71,35 @@ def likelihood_step(
     rounding. Raises NonFiniteStep with the batch's positions where loss or gradient is not finite; nothing is moved.
     """
     optimiser.zero_grad()
-    everyone = torch.arange(len(batch))
+    try:
+        total = add_likelihood(model, batch, micro_tokens=micro_tokens, computing=computing)
+    except NonFiniteStep:
+        optimiser.zero_grad()
+        raise
+    norms = optimiser.step(torch.arange(len(batch)))
+    return LikelihoodStep(
+        loss=total,
+        target_tokens=sum(int(item.learnt.sum()) for item in batch),
+        tokens=sum(len(item) for item in batch),
+        grad_norm=math.sqrt(sum(norm**2 for norm in norms.values())),
+    )
+
+
+def add_likelihood(model: CausalModel, batch: Sequence[Encoded], *, micro_tokens: int, computing: Computing) -> float:
+    """Add to the weights' gradients that of −(1/M) Σ log π(token) over the batch's M target tokens; return the loss.
+
+    Raises:
+        NonFiniteStep: the loss is not finite.
+    """
     targets = sum(int(item.learnt.sum()) for item in batch)
     total = 0.0
     for losses in _losses(model, batch, micro_tokens, computing):
         loss = losses.sum() / targets
         if not bool(torch.isfinite(loss)):
-            optimiser.zero_grad()
-            raise NonFiniteStep("the loss", tuple(everyone.tolist()))
+            raise NonFiniteStep("the loss", tuple(range(len(batch))))
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
-    norms = optimiser.step(everyone)
-    return LikelihoodStep(
-        loss=total,
-        target_tokens=targets,
-        tokens=sum(len(item) for item in batch),
-        grad_norm=math.sqrt(sum(norm**2 for norm in norms.values())),
-    )
+    return total
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ from torch import Tensor
 from bridle.batch import Batch, Trajectories
 from bridle.core.diagnostics import LogProbGap, log_prob_gap
 from bridle.core.moments import Moments
-from bridle.errors import SamplerMismatch
+from bridle.errors import NonFiniteStep, SamplerMismatch
 from bridle.language.causal import CausalModel
 from bridle.language.collect import Episode
 from bridle.language.policy import LanguagePolicy
 from bridle.language.segments import Segments, layout, pad_flat
 from bridle.language.shaping import KLSettings, ShapingSettings, score_rewards, token_rewards
 from bridle.learn.advantages import AdvantageSettings, estimate
-from bridle.learn.step import micro_batches
+from bridle.learn.step import Evidence, micro_batches
 
 __all__ = ["GAP_BOUNDS", "GapBound", "Prepared", "Reading", "prepare", "read"]
 
@@ -138,12 +138,14 @@ def prepare(
     """Evaluate a rollout with policy, critic and reference, shape its rewards, and estimate advantages.
 
     Raises:
+        NonFiniteStep: a log-probability or a value is not finite.
         SamplerMismatch: sampler and trainer disagree by more than the bound that stops a run.
     """
     segments = Segments.of([e.prompt.ids for e in episodes], [e.ids for e in episodes])
     # on the plain path features are whole logits: there the policy asks the reference again instead of keeping them
     exact = kl.where == "loss" and kl.estimator == "exact" and reference.fused
     reading = read(policy, reference, segments, budget=micro_batch_tokens, keep_features=exact)
+    _require_finite(reading, segments)
     sampler_logp = torch.cat([e.sampler_logp for e in episodes]).to(policy.device)
     gap = log_prob_gap(reading.logp, sampler_logp)
     recomputed = _must_recompute(gap, policy.compute_dtype)
@@ -194,6 +196,23 @@ def _trajectories(
         truncated=final & bootstrapped[:, None],
         mask=mask,
     )
+
+
+def _require_finite(reading: Reading, segments: Segments) -> None:
+    columns = {
+        "the policy's log-probability": reading.logp,
+        "the policy's value": reading.value,
+        "the reference's log-probability": reading.ref_logp,
+    }
+    finite = {name: torch.isfinite(column) for name, column in columns.items()}
+    wrong = [name for name, ok in finite.items() if not bool(ok.all())]
+    if not wrong:
+        return
+    bad = ~torch.stack(list(finite.values())).all(dim=0)
+    rows = torch.arange(len(segments)).repeat_interleave(segments.sizes)[bad.cpu()].unique()  # type: ignore[no-untyped-call]
+    fault = NonFiniteStep(" and ".join(wrong), tuple(rows.tolist()))
+    fault.evidence = Evidence(units=segments.select(rows), minibatch=None, objective=None)
+    raise fault
 
 
 def _must_recompute(gap: LogProbGap, dtype: torch.dtype) -> bool:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LossSettings",
     "TrainingStep",
+    "add_comparisons",
     "batch_of_step",
     "check_lengths",
     "check_score_head",
@@ -183,6 +184,29 @@ def train_step(
         NonFiniteStep: the loss or the gradient is not finite; nothing was moved.
     """
     optimiser.zero_grad()
+    try:
+        total, parts = add_comparisons(model, batch, settings)
+    except NonFiniteStep:
+        optimiser.zero_grad()
+        raise
+    norms = optimiser.step(torch.arange(len(batch)))
+    return TrainingStep(
+        loss=total,
+        accuracy=sum(pair_accuracy(row) for row in parts) / len(parts),
+        margin=sum(pair_margin(row) for row in parts) / len(parts),
+        reward_mean=float(torch.cat(parts).mean()),
+        grad_norm=math.sqrt(sum(norm**2 for norm in norms.values())),
+    )
+
+
+def add_comparisons(
+    model: PreTrainedModel, batch: Sequence[Comparison], settings: LossSettings
+) -> tuple[float, list[Float[Tensor, " K"]]]:
+    """Add to the weights' gradients that of mean_p loss_p; return the loss and each comparison's scores.
+
+    Raises:
+        NonFiniteStep: the loss is not finite.
+    """
     costs = torch.tensor([len(c.answers) * max(len(answer) for answer in c.answers) for c in batch])
     total, parts = 0.0, []
     for index in micro_batches(costs, settings.micro_tokens):
@@ -194,14 +218,7 @@ def train_step(
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
         parts += [row[own].detach().cpu() for row, own in zip(scores, mask, strict=True)]
-    norms = optimiser.step(torch.arange(len(batch)))
-    return TrainingStep(
-        loss=total,
-        accuracy=sum(pair_accuracy(row) for row in parts) / len(parts),
-        margin=sum(pair_margin(row) for row in parts) / len(parts),
-        reward_mean=float(torch.cat(parts).mean()),
-        grad_norm=math.sqrt(sum(norm**2 for norm in norms.values())),
-    )
+    return total, parts
 
 
 def _comparison_scores(

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bridle.batch import Batch, Evaluation, Policy
 from bridle.core.losses import policy_gradient_loss, policy_gradient_loss_grad, value_loss, value_loss_grad
-from bridle.errors import ConfigError
+from bridle.errors import ConfigError, NonFiniteStep
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
-from bridle.learn.step import Averaging, Minibatch, Seen, Slopes, accumulate, minibatches
+from bridle.learn.step import Averaging, Evidence, Minibatch, Seen, Slopes, accumulate, minibatches
 
 __all__ = ["A2CObjective", "A2CSettings", "update"]
 
@@ -58,8 +58,13 @@ def update(policy: Policy, batch: Batch, optimiser: Optimiser, settings: A2CSett
     objective = A2CObjective(settings=settings)
     for rows, units, part in minibatches(batch, 1, order=None, whiten_here=settings.whiten, per=settings.per):
         optimiser.zero_grad()
-        seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
-        norms = optimiser.step(rows)
+        try:
+            seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
+            norms = optimiser.step(rows)
+        except NonFiniteStep as fault:
+            optimiser.zero_grad()
+            evidence = Evidence(units=units, minibatch=part, objective=objective)
+            raise fault.seen_on(tuple(rows.tolist()), evidence) from None
         yield UpdateStep(epoch=0, minibatch=0, objective=objective, part=part, seen=seen, grad_norms=norms)
 
 

@@ -104,6 +104,9 @@ class _Separate:
         grads = self._gradients()
         return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
+    def not_finite(self) -> tuple[str, ...]:
+        return _not_finite(self._parameters)
+
     def scale_gradient(self, share: float) -> None:
         torch._foreach_mul_(self._gradients(), share)
 
@@ -128,6 +131,12 @@ class _Separate:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+
+def _not_finite(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+    """Name the parameters whose gradients are not finite; none if their norm alone overflowed."""
+    gradients = ((name, parameter.grad) for name, parameter in parameters.items())
+    return tuple(name for name, grad in gradients if grad is not None and not bool(torch.isfinite(grad).all()))
 
 
 class _Flat:
@@ -176,6 +185,9 @@ class _Flat:
                 gradient.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
                 parameter.grad = gradient
         return torch.dot(self._gradient, self._gradient).sqrt_()
+
+    def not_finite(self) -> tuple[str, ...]:
+        return _not_finite(self._parameters)
 
     def scale_gradient(self, share: float) -> None:
         self._gradient.mul_(share)
@@ -271,8 +283,10 @@ class Optimiser:
             moved = self._moved.get(group.name)
             norm = norms[group.name] = 0.0 if moved is None else float(moved.gradient_norm())
             if not math.isfinite(norm):
+                names = () if moved is None else moved.not_finite()
                 self.zero_grad()
-                raise NonFiniteStep(f"the gradient of {group.name}", () if rows is None else tuple(rows.tolist()))
+                own = () if rows is None else tuple(rows.tolist())
+                raise NonFiniteStep(f"the gradient of {group.name}", own, parameters=names)
             limit = group.settings.max_grad_norm
             if moved is not None and limit is not None and norm > limit:
                 moved.scale_gradient(limit / (norm + 1e-6))

@@ -24,11 +24,12 @@ from bridle.core.losses import (
     value_loss_grad,
 )
 from bridle.core.moments import masked_var, whiten
-from bridle.errors import ConfigError
+from bridle.errors import ConfigError, NonFiniteStep
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
 from bridle.learn.step import (
     Averaging,
+    Evidence,
     Minibatch,
     Seen,
     Slopes,
@@ -36,6 +37,7 @@ from bridle.learn.step import (
     add_loss,
     epoch_order,
     minibatches,
+    require_finite,
 )
 
 __all__ = ["PPOObjective", "PPOSettings", "update"]
@@ -133,6 +135,7 @@ def update(
     Raises:
         NonFiniteStep: a loss or gradient is not finite; that step was not applied.
     """
+    require_finite(batch, settings.per)
     if settings.whiten != "none":
         kl_coefficient /= _unit(batch.advantages)
     if settings.whiten == "batch":
@@ -146,16 +149,21 @@ def update(
             batch, settings.minibatches, order=order, whiten_here=settings.whiten == "minibatch", per=settings.per
         )
         for number, (rows, units, part) in enumerate(parts):
-            seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
-            record = partial(UpdateStep, epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen)
-            if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
+            try:
+                seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
+                record = partial(UpdateStep, epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen)
+                if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
+                    optimiser.zero_grad()
+                    yield record(applied=False)
+                    return
+                extra = 0.0
+                if extra_loss is not None and not critic_only:
+                    extra = add_loss(extra_loss(taken), rows)
+                norms = optimiser.step(rows)
+            except NonFiniteStep as fault:
                 optimiser.zero_grad()
-                yield record(applied=False)
-                return
-            extra = 0.0
-            if extra_loss is not None and not critic_only:
-                extra = add_loss(extra_loss(taken), rows)
-            norms = optimiser.step(rows)
+                evidence = Evidence(units=units, minibatch=part, objective=objective, taken=taken)
+                raise fault.seen_on(tuple(rows.tolist()), evidence) from None
             taken += 1
             yield record(extra_loss=extra, grad_norms=norms)
 

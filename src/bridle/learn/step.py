@@ -18,6 +18,7 @@ from bridle.random import permutation
 
 __all__ = [
     "Averaging",
+    "Evidence",
     "HandDifferentiated",
     "Minibatch",
     "Objective",
@@ -32,6 +33,7 @@ __all__ = [
     "micro_batches",
     "minibatches",
     "plain_vjp",
+    "require_finite",
 ]
 
 Averaging = Literal["action", "episode"]
@@ -192,6 +194,56 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a step that is not finite was to be taken on: with the weights, all that it takes to see it again."""
+
+    units: Units
+    """M units, in the order of ``rows``."""
+    minibatch: Minibatch | None
+    """Their actions; None where the fault was there before the update."""
+    objective: Objective | None
+    """What was to be minimised."""
+    taken: int = 0
+    """Optimiser steps taken before it in the same update."""
+
+
+def require_finite(batch: Batch, per: Averaging = "action") -> None:
+    """Refuse a batch that holds anything not finite, before any step is taken on it; one check in the usual case.
+
+    Raises:
+        NonFiniteStep: naming what is not finite, with the units that hold it as evidence.
+    """
+    columns = {
+        "old log-probability": batch.old_logp,
+        "value": batch.old_value,
+        "advantage": batch.advantages,
+        "return": batch.returns,
+    }
+    if bool(torch.isfinite(torch.stack([column.sum() for column in columns.values()]).sum())):
+        return
+    finite = {name: torch.isfinite(column) for name, column in columns.items()}
+    wrong = [name for name, ok in finite.items() if not bool(ok.all())]
+    if not wrong:  # the sums alone overflowed
+        return
+    bad = ~torch.stack(list(finite.values())).all(dim=0)
+    unit = torch.arange(len(batch.units)).repeat_interleave(batch.units.sizes)
+    rows = unit[bad.cpu()].unique()  # type: ignore[no-untyped-call]
+    own = batch.actions_of(rows).to(batch.old_logp.device)
+    fault = NonFiniteStep("the batch's " + " and ".join(wrong), tuple(rows.tolist()))
+    minibatch = Minibatch(
+        actions=own,
+        old_logp=batch.old_logp[own],
+        old_value=batch.old_value[own],
+        advantages=batch.advantages[own],
+        returns=batch.returns[own],
+        weights=action_weights(batch.episode[own], per),
+        ref_logp=None if batch.ref_logp is None else batch.ref_logp[own],
+    )
+    fault.evidence = Evidence(units=batch.units.select(rows), minibatch=minibatch, objective=None)
+    raise fault
+
+
 def minibatches(
     batch: Batch, count: int, *, order: Int[Tensor, " U"] | None, whiten_here: bool, per: Averaging
 ) -> Iterator[tuple[Int[Tensor, " M"], Units, Minibatch]]:
@@ -277,6 +329,10 @@ def accumulate(
     The gradient enters the policy by its answers: ∂ loss / ∂ (logp, entropy, value, KL) in closed form, and from there
     by the policy's own backward pass. It does not depend on the cut into micro-batches beyond rounding. A loss that is not
     finite shows in the gradient, and the optimiser refuses it.
+
+    Raises:
+        NonFiniteStep: an answer of the policy's is not finite, though a clip may have kept that from the gradient. One
+            that differentiates by hand is not asked: it is small and quick, and its gradient tells.
     """
     if micro_budget is None:
         return _backward(policy, units, minibatch, objective)
@@ -336,10 +392,24 @@ def _backward(policy: Policy, units: Units, part: Minibatch, objective: Objectiv
         )
 
     if isinstance(policy, OnePass):
-        return policy.differentiate(units, weighed)
-    seen, pull_back = policy.vjp(units) if isinstance(policy, HandDifferentiated) else plain_vjp(policy, units)
+        seen = policy.differentiate(units, weighed)
+        _require_answers(seen)
+        return seen
+    if isinstance(policy, HandDifferentiated):
+        seen, pull_back = policy.vjp(units)
+    else:
+        seen, pull_back = plain_vjp(policy, units)
+        _require_answers(seen)
     pull_back(weighed(seen, slice(None)))
     return seen
+
+
+def _require_answers(seen: Seen) -> None:
+    if bool(torch.isfinite(seen.logp.sum() + seen.value.sum())):
+        return
+    for name, answer in (("log-probability", seen.logp), ("value", seen.value)):
+        if not bool(torch.isfinite(answer).all()):
+            raise NonFiniteStep(f"the policy's {name}", ())
 
 
 def _joined(columns: Sequence[Tensor | None]) -> Tensor | None:

@@ -29,7 +29,7 @@ from bridle.learn import ppo
 from bridle.learn.optim import Optimiser
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.record import TrustRegion, UpdateStep
-from bridle.learn.step import Seen, minibatches
+from bridle.learn.step import Evidence, Seen, minibatches, require_finite
 
 __all__ = ["TRPOSettings", "TrustRegionPolicy", "update"]
 
@@ -116,6 +116,7 @@ def update(
     moved = {id(parameter) for group in optimiser.groups for parameter in group.parameters.values()}
     if moved & {id(parameter) for parameter in actor}:
         raise ValueError("the optimiser holds a parameter of the actor, which moves by the trust region alone")
+    require_finite(batch)
     if settings.whiten:
         batch = replace(batch, advantages=whiten(batch.advantages))
     yield _actor_step(policy, actor, batch, settings)
@@ -138,7 +139,14 @@ def _actor_step(
     before = ratio_loss(evaluation.logp, part.old_logp, part.advantages).mean()
     gradient = -flat_gradient(before, actor)
     if not bool(torch.isfinite(gradient).all()):
-        raise NonFiniteStep("the gradient of the actor", tuple(rows.tolist()))
+        sizes = [parameter.numel() for parameter in actor]
+        names = [name for name, parameter in policy.actor_parameters().items()]
+        pieces = zip(names, torch.split(gradient, sizes), strict=True)
+        wrong = tuple(name for name, piece in pieces if not bool(torch.isfinite(piece).all()))
+        fault = NonFiniteStep("the gradient of the actor", tuple(rows.tolist()), parameters=wrong)
+        objective = PPOObjective(settings=_SURROGATE, kl_coefficient=0.0, critic_only=False)
+        fault.evidence = Evidence(units=units, minibatch=part, objective=objective)
+        raise fault
     product = curvature_product(policy.kl(units, frozen).mean(), actor, damping=settings.cg_damping)
     found = conjugate_gradient(product, gradient, iterations=settings.cg_iterations, tolerance=_TOLERANCE)
     curvature = float(found.x @ (gradient - found.residual))
