@@ -226,3 +226,23 @@ def test_one_weight_that_is_nan_never_passes_for_a_step(kind: str) -> None:
             list(ppo.update(policy, batch, optimiser, PPOSettings(epochs=1, minibatches=1), seed=0, step=0))
         after = list(policy.parameters())
         assert all(torch.equal(a, b) or torch.isnan(b).any() for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize(("width", "kind", "size", "settings"), SHAPES)
+def test_side_by_side_under_a_flat_optimiser_they_learn_as_the_plain_path(
+    width: int, kind: str, size: int, settings: NetworkSettings
+) -> None:
+    """There the weights lie evenly spaced, and both nets run as one stack."""
+    policy, given, along = build(width, kind, size, settings), units(width, kind, size, 70), slopes(70)
+    seen, expected = gradients(policy, given, lambda u: plain_vjp(policy, u), along)
+    assert len(policy._nets.run(given.observations.vector.numpy())) == 2
+    group = Group(name="policy", parameters=dict(policy.named_parameters()), settings=OptimSettings())
+    optimiser = Optimiser([group], total_steps=1, flat=True)
+    assert len(policy._nets.run(given.observations.vector.numpy())) == 1
+    for _ in range(2):  # the second time in buffers that the first one wrote over
+        optimiser.zero_grad()
+        found, pull_back = policy.vjp(given)
+        pull_back(along)
+        torch.testing.assert_close(found.logp, seen.logp.detach(), rtol=1e-5, atol=1e-5)
+        for parameter, theirs in zip(policy.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, theirs, rtol=2e-4, atol=2e-6)

@@ -112,6 +112,19 @@ def test_whitening_equals_the_oracle_over_the_whole_batch(seed: int, B: int, T: 
         assert (out[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("shift", [True, False])
+def test_whitening_along_a_dimension_is_whitening_each_apart(shift: bool) -> None:
+    x, mask = normal(2, 5, 7), coin(2, 5, 7)
+    x[3] = 4.5  # a constant among others
+    x[1] *= 1e6
+    for dim in (0, 1, -1):
+        rows, kept = x.movedim(dim, -1), mask.movedim(dim, -1)
+        want = torch.stack([whiten(row, shift=shift) for row in rows])
+        close(whiten(x, dim=dim, shift=shift).movedim(dim, -1), want)
+        want = torch.stack([whiten(row, m, shift=shift) for row, m in zip(rows, kept, strict=True)])
+        close(whiten(dirty(x, mask), mask, dim=dim, shift=shift).movedim(dim, -1), want)
+
+
 def test_whitening_knows_neither_scale_nor_place_nor_padding() -> None:
     x = normal(4, 50)
     close(whiten(5 * x - 3), whiten(x), 1e-11)

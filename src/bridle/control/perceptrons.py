@@ -1,13 +1,14 @@
-"""A perceptron run, and differentiated, by hand.
+"""Perceptrons run, and differentiated, by hand.
 
-In networks of two layers of 64 the machine spends its time between the operations, not in them. So the forward pass writes
-into buffers that are kept, and the backward pass is the chain rule written out: one net at a time, for a minibatch of 512
-and all its layers then fit a second-level cache. Products are NumPy's, which cost less to call; the activations are
-PyTorch's, which are several times faster.
+In networks of two layers of 64 the machine spends its time between the operations, not in them: each call finds the caches
+full of layers. So there are few calls. Perceptrons of the same hidden layers run side by side in one stack, the forward
+pass writes into buffers that are kept, and the backward pass is the chain rule written out. Products are NumPy's, which
+cost less to call; the activations are PyTorch's, which are several times faster.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import is_
 from typing import Literal, cast
 
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["Activation", "Array", "Perceptron", "Run"]
+__all__ = ["Activation", "Array", "Perceptrons", "Run"]
 
 Array = NDArray[np.float32]
 Activation = Literal["tanh", "relu"]
@@ -24,149 +25,198 @@ Activation = Literal["tanh", "relu"]
 _MINUS_ONE = torch.tensor(-1.0)
 _TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
 _RELU_BACKWARD = torch.ops.aten.threshold_backward.grad_input
-_KEPT = 8
+_KEPT = 4
 """Runs whose buffers are kept for later ones of as many states."""
 
 
-class Perceptron:
-    """The linear layers of a module, each but the last followed by ``activation``, on the module's own float32 weights.
+class Perceptrons:
+    """P perceptrons of the same hidden layers, on their modules' own float32 weights.
 
-    h_0 = x,  h_k = f(h_{k−1} W_kᵀ + b_k),  outputs = h_{K−1} W_Kᵀ + b_K
+        h_0 = x,  h_k = f(h_{k−1} W_kᵀ + b_k),  outputs = h_{K−1} W_Kᵀ + b_K
+
+    Where their weights lie evenly spaced in one memory, as under a flat optimiser, they run as one.
     """
 
-    def __init__(self, net: nn.Module, activation: Activation) -> None:
-        self.tanh = activation == "tanh"
+    def __init__(self, nets: Sequence[nn.Module], activation: Activation) -> None:
+        """Take modules of linear layers, two at least, each but the last followed by ``activation``."""
+        self._tanh = activation == "tanh"
         # a module looks its parameters up here; asking the module itself would take most of a small run's time
-        homes = [layer._parameters for layer in cast(nn.Sequential, net) if isinstance(layer, nn.Linear)]
-        self._places = [(home, name) for home in homes for name in ("weight", "bias")]
+        homes = [[m._parameters for m in cast(nn.Sequential, net) if isinstance(m, nn.Linear)] for net in nets]
+        self._depth = len(homes[0])
+        self._places = [(home, name) for of_net in homes for home in of_net for name in ("weight", "bias")]
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
-        self._known: list[Tensor | None] = []
-        self._free: list[Run] = []
-        self.weights: list[_Layer] = []
-        self.gradients: list[_Layer] = []
+        self._alone: list[_Stack] = []
+        self._together: list[_Stack] = []
 
     @property
-    def learns(self) -> bool:
+    def learn(self) -> bool:
         """Whether no weight is frozen."""
-        return all(cast(Tensor, home[name]).requires_grad for home, name in self._places)
+        return all([cast(Tensor, home[name]).requires_grad for home, name in self._places])  # noqa: C419 (a list is faster)
 
-    def run(self, vector: Array) -> Run:
-        """Run forward over n states [n, D], to be pulled back through at most once."""
+    def outputs(self, net: int, vector: Array) -> Array:
+        """Return the outputs [A, n] of one perceptron in n states [n, D], and nothing else."""
         self._hold()
-        rows = len(vector)
-        for place, kept in enumerate(self._free):
-            if kept.rows == rows:
-                run = self._free.pop(place)
-                break
-        else:
-            run = Run(self, rows)
-        run.forward(vector)
-        return run
+        stack = self._alone[net]
+        run = stack.run(vector)
+        stack.free.append(run)
+        return run.outputs[0].copy()
 
-    def outputs(self, vector: Array) -> Array:
-        """Return the outputs [A, n] in n states [n, D], and nothing else."""
-        run = self.run(vector)
-        self.release(run)
-        return run.outputs.copy()
-
-    def release(self, run: Run) -> None:
-        """Keep a run's buffers for another one."""
-        self._free.append(run)
-        del self._free[:-_KEPT]
-
-    def hold_gradients(self) -> list[_Layer]:
-        """Return the gradients as they lie now, to add to; zero where there were none."""
-        present = [parameter.grad for parameter in self._parameters]
-        if not self.gradients or not all(map(is_, present, self._known)):
-            for parameter in self._parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self._known = [parameter.grad for parameter in self._parameters]
-            self.gradients = _layers([cast(Tensor, gradient) for gradient in self._known])
-        return self.gradients
+    def run(self, vector: Array) -> list[Run]:
+        """Run all of them over n states [n, D]; each run holds some, in their order."""
+        self._hold()
+        return [stack.run(vector) for stack in self._together]
 
     def _hold(self) -> None:
-        """Follow weights that have moved in memory, as under a flat optimiser, or have been replaced."""
+        """Follow weights that have moved in memory or have been replaced."""
         present = [home[name] for home, name in self._places]
         same = len(self._parameters) == len(present) and all(map(is_, present, self._parameters))
         if same and [parameter.data_ptr() for parameter in self._parameters] == self._addresses:
             return
         self._parameters = [cast(Tensor, parameter) for parameter in present]
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
-        self.weights = _layers([parameter.detach() for parameter in self._parameters])
-        self.gradients = []
+        own, each = self._parameters, 2 * self._depth
+        nets = [own[at : at + each] for at in range(0, len(own), each)]
+        self._alone = [_Stack([net], tanh=self._tanh) for net in nets]
+        even = all(len(_stacked(same)) == 1 for same in zip(*(net[:-2] for net in nets), strict=True))
+        self._together = [_Stack(nets, tanh=self._tanh)] if even else self._alone
 
 
 class Run:
-    """What a perceptron writes in n states, there and back."""
+    """What perceptrons of one stack write in n states, there and back."""
 
-    def __init__(self, net: Perceptron, rows: int) -> None:
+    def __init__(self, stack: _Stack, rows: int) -> None:
         self.rows = rows
-        self._net = net
-        *widths, outputs = [len(layer.bias) for layer in net.weights]
+        self._stack = stack
+        widths = [layer.bias.shape[-1] for layer in stack.hidden]
+        P = len(stack.last)
         self._vector: Array = np.empty((0, 0), dtype=np.float32)
-        self._ones: Array = np.ones(rows, dtype=np.float32)
-        self._hidden = [_Matrix(np.empty((rows, width), dtype=np.float32)) for width in widths]
-        self._doubled = [torch.empty(width) for width in widths]
-        self._scratch: Array = np.empty(rows * max(widths), dtype=np.float32)
-        self.outputs: Array = np.empty((outputs, rows), dtype=np.float32)
-        """[A, n], of the last forward run"""
+        self._ones: Array = np.ones((1, rows), dtype=np.float32)
+        self._hidden = [_Matrices(np.empty((P, rows, width), dtype=np.float32)) for width in widths]
+        scratch = np.empty(P * rows * max(widths), dtype=np.float32)
+        self._scratch = [_Matrices(scratch[: P * rows * width].reshape(P, rows, width)) for width in widths]
+        self.outputs: list[Array] = [np.empty((len(layer.bias), rows), dtype=np.float32) for layer in stack.last]
+        """[A, n] of each, of the last forward run"""
 
     def forward(self, vector: Array) -> None:
         """Fill the hidden layers and the outputs."""
         self._vector = below = vector
-        layers, tanh = self._net.weights, self._net.tanh
-        for layer, hidden, doubled in zip(layers, self._hidden, self._doubled, strict=False):
-            np.matmul(below, layer.weight.T, out=hidden.array)
-            if tanh:  # tanh y = 2 σ(2y) − 1: PyTorch's σ takes half the time of its tanh
-                torch.add(layer.tensor, layer.tensor, out=doubled)
-                torch.add(doubled, hidden.tensor, alpha=2, out=hidden.tensor).sigmoid_()
-                torch.add(_MINUS_ONE, hidden.tensor, alpha=2, out=hidden.tensor)
+        for layer, hidden in zip(self._stack.hidden, self._hidden, strict=True):
+            np.matmul(below, layer.weight_t, out=hidden.array)
+            seen = hidden.tensor
+            if self._stack.tanh:  # tanh y = 2 σ(2y) − 1: PyTorch's σ takes half the time of its tanh
+                np.add(layer.bias, layer.bias, out=layer.doubled.array)
+                torch.add(layer.doubled.tensor, seen, alpha=2, out=seen).sigmoid_()
+                torch.add(_MINUS_ONE, seen, alpha=2, out=seen)
             else:
-                hidden.tensor.add_(layer.tensor).relu_()
+                seen.add_(layer.tensor).relu_()
             below = hidden.array
-        np.matmul(layers[-1].weight, below.T, out=self.outputs)
-        self.outputs += layers[-1].bias[:, None]
+        for top, last, outputs in zip(below, self._stack.last, self.outputs, strict=True):
+            np.matmul(last.weight, top.T, out=outputs)
+            outputs += last.bias[:, None]
 
-    def pull_back(self, slopes: Array) -> None:
-        """Add to the weights' gradients what ``slopes`` [A, n] of the outputs come to; the run is over then.
+    def pull_back(self, slopes: Sequence[Array]) -> None:
+        """Add to the weights' gradients what ``slopes`` [A, n] of each one's outputs come to; the run is over then.
 
         A hidden layer is written over by its own slopes, once nothing reads it any more.
         """
-        layers, gradients, tanh = self._net.weights, self._net.hold_gradients(), self._net.tanh
-        above: Array = slopes.T
+        stack, ones = self._stack, self._ones
+        to_hidden, to_last = stack.gradients()
+        above = self._scratch[-1]
+        for own, top, last, gradient, under in zip(
+            slopes, self._hidden[-1].array, stack.last, to_last, above.array, strict=True
+        ):
+            gradient.weight += own @ top
+            gradient.bias += np.add.reduce(own, axis=1)
+            np.dot(own.T, last.weight, out=under)  # matmul leaves one output's outer product to plain loops
         for depth in reversed(range(len(self._hidden))):
-            hidden = self._hidden[depth]
-            gradients[depth + 1].add(above, hidden.array, self._ones)
-            slope = self._scratch[: hidden.array.size].reshape(hidden.array.shape)
-            np.matmul(above, layers[depth + 1].weight, out=slope)
-            if tanh:
-                _TANH_BACKWARD(torch.from_numpy(slope), hidden.tensor, grad_input=hidden.tensor)
+            slope = self._hidden[depth]
+            if stack.tanh:
+                _TANH_BACKWARD(above.tensor, slope.tensor, grad_input=slope.tensor)
             else:
-                _RELU_BACKWARD(torch.from_numpy(slope), hidden.tensor, 0, grad_input=hidden.tensor)
-            above = hidden.array
-        gradients[0].add(above, self._vector, self._ones)
-        self._net.release(self)
+                _RELU_BACKWARD(above.tensor, slope.tensor, 0, grad_input=slope.tensor)
+            below = self._hidden[depth - 1].array if depth else self._vector
+            weights, biases = to_hidden[depth]
+            _add(np.matmul(slope.array.transpose(0, 2, 1), below), weights)
+            _add(np.matmul(ones, slope.array), biases)
+            if depth:
+                above = self._scratch[depth - 1]
+                np.matmul(slope.array, stack.hidden[depth].weight, out=above.array)
+        stack.free.append(self)
+        del stack.free[:-_KEPT]
 
 
-class _Layer:
-    """A linear layer's weight [out, in] and bias [out], or their gradients, in the parameters' own memory."""
+class _Stack:
+    """The weights of some perceptrons, layer upon layer, and runs of them whose buffers are free."""
 
-    __slots__ = ("bias", "tensor", "weight")
+    def __init__(self, nets: list[list[Tensor]], *, tanh: bool) -> None:
+        self.tanh = tanh
+        self.free: list[Run] = []
+        self._nets = nets
+        *pairs, weights, biases = [list(same) for same in zip(*nets, strict=True)]
+        self.hidden = [
+            _Hidden(_stacked(weight)[0], _stacked(bias)[0])
+            for weight, bias in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
+        self.last = [_Last(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        self._known: list[Tensor | None] = []
+        self._gradients: tuple[list[tuple[list[Array], list[Array]]], list[_Last]] = ([], [])
+
+    def run(self, vector: Array) -> Run:
+        """Run forward over n states, in free buffers if there are any."""
+        rows = len(vector)
+        for place, kept in enumerate(self.free):
+            if kept.rows == rows:
+                run = self.free.pop(place)
+                break
+        else:
+            run = Run(self, rows)
+        run.forward(vector)
+        return run
+
+    def gradients(self) -> tuple[list[tuple[list[Array], list[Array]]], list[_Last]]:
+        """Return where gradients lie now, of the hidden layers and of the last ones; zero where there were none."""
+        present = [parameter.grad for net in self._nets for parameter in net]
+        if self._known and all(map(is_, present, self._known)):
+            return self._gradients
+        for parameter in [parameter for net in self._nets for parameter in net]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._known = [parameter.grad for net in self._nets for parameter in net]
+        nets = [[cast(Tensor, parameter.grad) for parameter in net] for net in self._nets]
+        *pairs, weights, biases = [list(same) for same in zip(*nets, strict=True)]
+        places = [[part.numpy() for part in _stacked(same)] for same in pairs]
+        hidden = [
+            (weight, [part[:, None] for part in bias]) for weight, bias in zip(places[::2], places[1::2], strict=True)
+        ]
+        self._gradients = hidden, [_Last(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return self._gradients
+
+
+class _Hidden:
+    """One hidden layer of P nets: weights [P, out, in] and [P, in, out], biases [P, 1, out]."""
+
+    __slots__ = ("bias", "doubled", "tensor", "weight", "weight_t")
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight: Array = weight.numpy()
-        self.bias: Array = bias.numpy()
-        self.tensor = bias
-
-    def add(self, above: Array, below: Array, ones: Array) -> None:
-        """Add Σ_n above_n below_nᵀ and Σ_n above_n: the gradients, if ``above`` are the slopes of what the layer gives."""
-        self.weight += above.T @ below
-        self.bias += ones @ above
+        self.weight: Array = weight.detach().numpy()
+        self.weight_t: Array = self.weight.transpose(0, 2, 1)
+        self.tensor = bias.detach()[:, None]
+        self.bias: Array = self.tensor.numpy()
+        self.doubled = _Matrices(np.empty_like(self.bias))
 
 
-class _Matrix:
+class _Last:
+    """One net's last layer, or the gradients of it: weight [A, in] and bias [A]."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight: Array = weight.detach().numpy()
+        self.bias: Array = bias.detach().numpy()
+
+
+class _Matrices:
     """One memory as NumPy and as PyTorch see it."""
 
     __slots__ = ("array", "tensor")
@@ -176,5 +226,21 @@ class _Matrix:
         self.tensor = torch.from_numpy(array)
 
 
-def _layers(tensors: list[Tensor]) -> list[_Layer]:
-    return [_Layer(weight, bias) for weight, bias in zip(tensors[::2], tensors[1::2], strict=True)]
+def _stacked(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return one view [P, …] of tensors of one shape that lie evenly spaced in one memory; else a view [1, …] of each."""
+    first, *others = tensors
+    same = all(other.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for other in others)
+    gaps = {(other.storage_offset() - first.storage_offset()) / n for n, other in enumerate(others, start=1)}
+    if not others or not same or len(gaps) > 1 or min(gaps) <= 0:
+        return [tensor.detach()[None] for tensor in tensors]
+    gap = others[0].storage_offset() - first.storage_offset()
+    return [first.detach().as_strided((len(tensors), *first.shape), (gap, *first.stride()))]
+
+
+def _add(found: Array, places: list[Array]) -> None:
+    """Add the gradients [P, …] of all nets where they belong: to one stack, or to a place each."""
+    if len(places) == 1:
+        places[0] += found
+        return
+    for net, place in enumerate(places):
+        place += found[net : net + 1]

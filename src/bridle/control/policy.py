@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bridle.batch import Evaluation
 from bridle.control.distributions import Distribution
-from bridle.control.observations import Observations
+from bridle.control.observations import Observations, pick
 
 __all__ = ["Acted", "ControlPolicy", "Sequences", "Transitions"]
 
@@ -46,7 +46,7 @@ class Transitions:
         """Return the transitions at ``index``, in that order; a stretch of them shares memory."""
         if isinstance(index, Tensor):
             index = index.to(self.actions.device)
-        return type(self)(observations=self.observations.select(index), actions=self.actions[index])
+        return type(self)(observations=self.observations.select(index), actions=pick(self.actions, index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
-from bridle.control.perceptrons import Activation, Array, Perceptron
+from bridle.control.perceptrons import Activation, Array, Perceptrons
 from bridle.control.policy import Acted, Transitions
 from bridle.learn.step import HandDifferentiated, Pullback, Seen, Slopes, plain_vjp
 
@@ -49,47 +49,46 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         :func:`by_hand` is true of.
         """
         super().__init__(actor=actor, critic=critic, head=head)
-        self._actor = Perceptron(actor, activation)
-        self._critic = Perceptron(critic, activation)
+        self._nets = Perceptrons((actor, critic), activation)
 
     def vjp(self, units: Transitions) -> tuple[Seen, Pullback]:
         """Evaluate the actions taken, without a graph; the second half adds to the weights' gradients.
 
         See :func:`bridle.learn.step.accumulate`.
         """
-        if not (self._by_hand(units.observations) and self._actor.learns and self._critic.learns):
+        if not (self._by_hand(units.observations) and self._nets.learn):
             return plain_vjp(self, units)
         inputs, chosen = units.observations.vector.contiguous().numpy(), units.actions.numpy()
         with torch.inference_mode():
-            actor, critic = self._actor.run(inputs), self._critic.run(inputs)
+            runs = self._nets.run(inputs)
+        outputs, (values,) = [outputs for run in runs for outputs in run.outputs]
         log_std = self._log_std()
-        found = _Softmax.of(actor.outputs) if log_std is None else _Normal.of(actor.outputs, chosen, log_std)
+        found = _Softmax.of(outputs) if log_std is None else _Normal.of(outputs, chosen, log_std)
 
         def pull_back(slopes: Slopes) -> None:
             logp, entropy, value = (
                 None if slope is None else slope.numpy() for slope in (slopes.logp, slopes.entropy, slopes.value)
             )
+            to_critic = np.zeros((1, len(chosen)), dtype=np.float32) if value is None else value[None]
+            if isinstance(found, _Softmax):
+                to_actor = found.gradient(chosen, logp, entropy)
+            else:
+                to_actor, spread = found.gradient(logp, entropy)
+                self._spread(spread)
+            left = [to_actor, to_critic]
             with torch.inference_mode():
-                if value is not None:
-                    critic.pull_back(value[None])
-                if logp is None and entropy is None:
-                    return
-                if isinstance(found, _Softmax):
-                    actor.pull_back(found.gradient(chosen, logp, entropy))
-                    return
-                mean, spread = found.gradient(logp, entropy)
-                actor.pull_back(mean)
-            self._spread(spread)
+                for run in runs:
+                    run.pull_back([left.pop(0) for _ in run.outputs])
 
         logp = found.of_actions(chosen) if isinstance(found, _Softmax) else found.logp
-        values = torch.from_numpy(critic.outputs[0].copy())
-        return Seen(logp=torch.from_numpy(logp), entropy=torch.from_numpy(found.entropy()), value=values), pull_back
+        entropy, value = torch.from_numpy(found.entropy()), torch.from_numpy(values.copy())
+        return Seen(logp=torch.from_numpy(logp), entropy=entropy, value=value), pull_back
 
     def act(self, observations: Observations, state: Tensor | None, draws: np.random.Generator | None) -> Acted:
         """Act in n states: by drawing, or without ``draws`` with the most likely actions."""
         if not self._by_hand(observations):
             return super().act(observations, state, draws)
-        outputs = self._actor.outputs(observations.vector.contiguous().numpy())
+        outputs = self._nets.outputs(0, observations.vector.contiguous().numpy())
         log_std = self._log_std()
         if log_std is None:
             seen = _Softmax.of(outputs)
@@ -107,7 +106,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         if not self._by_hand(observations) or torch.is_grad_enabled():
             return super().values(observations, state)
         vector = observations.vector.contiguous().numpy()
-        parts = [self._critic.outputs(vector[at : at + _BLOCK])[0] for at in range(0, len(vector), _BLOCK)]
+        parts = [self._nets.outputs(1, vector[at : at + _BLOCK])[0] for at in range(0, len(vector), _BLOCK)]
         return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype=np.float32))
 
     def _log_std(self) -> Array | None:
@@ -138,12 +137,8 @@ class _Softmax:
 
     @classmethod
     def of(cls, z: Array) -> _Softmax:
-        shifted = z - z.max(axis=0)
-        p = np.exp(shifted)
-        total = p.sum(axis=0)
-        shifted -= np.log(total)
-        p /= total
-        return cls(shifted, p)
+        logp: Array = torch.log_softmax(torch.from_numpy(z), 0).numpy()
+        return cls(logp, np.exp(logp))
 
     def draw(self, draws: np.random.Generator) -> NDArray[np.int64]:
         """Draw by the inverse of the cumulative distribution; an action of probability 0 is never drawn."""
@@ -155,20 +150,19 @@ class _Softmax:
 
     def of_actions(self, chosen: NDArray[np.int64]) -> Array:
         """Return log π of an action [n] in each state."""
-        n = len(chosen)
-        return self.logp.reshape(-1).take(chosen * n + np.arange(n))
+        return self.logp[chosen, np.arange(len(chosen))]
 
     def entropy(self) -> Array:
         """H = −Σ_a π log π; log π is finite wherever the logits are, so a π of 0 adds nothing."""
-        entropy: Array = -(self.p * self.logp).sum(axis=0)
+        entropy: Array = np.negative(np.add.reduce(self.p * self.logp, axis=0))
         return entropy
 
     def gradient(self, chosen: NDArray[np.int64], logp: Array | None, entropy: Array | None) -> Array:
         """Return ∂/∂z [A, n]: of log π(a) it is e_a − π, of H it is −π (log π + H)."""
-        dz = np.zeros_like(self.p)
-        if logp is not None:
-            np.equal(np.arange(len(dz))[:, None], chosen, out=dz, casting="unsafe")
-            dz -= self.p
+        if logp is None:
+            dz = np.zeros_like(self.p)
+        else:
+            dz = np.subtract(np.equal(np.arange(len(self.p))[:, None], chosen), self.p)
             dz *= logp
         if entropy is not None:
             dz -= self.p * (self.logp + self.entropy()) * entropy

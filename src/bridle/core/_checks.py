@@ -12,6 +12,7 @@ __all__ = [
     "check_range",
     "check_same_shape",
     "check_targets",
+    "constant",
     "in_dtype",
 ]
 
@@ -49,6 +50,11 @@ def check_range(name: str, value: float, low: float, high: float, *, closed: boo
 def at_least_float32(*tensors: Tensor) -> torch.dtype:
     """Return the dtype to compute in: float32, or float64 where one of the tensors is float64."""
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Return the tensor without a gradient; itself, if it has none: small losses are all calls."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

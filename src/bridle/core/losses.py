@@ -27,7 +27,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bridle.core._checks import at_least_float32, check_bool, check_dim, check_range, check_same_shape, in_dtype
+from bridle.core._checks import (
+    at_least_float32,
+    check_bool,
+    check_dim,
+    check_range,
+    check_same_shape,
+    constant,
+    in_dtype,
+)
 
 __all__ = [
     "clipped_surrogate_loss",
@@ -186,15 +194,16 @@ def clipped_surrogate_loss_grad(
     dual_clip: float | None = None,
 ) -> Float[Tensor, " N"]:
     """Return ∂L/∂logp of :func:`clipped_surrogate_loss`, [N]: −r A where the ratio is not held, else 0."""
-    log_ratio, adv = _surrogate_inputs(logp.detach(), old_logp, advantages)
+    log_ratio, adv = _surrogate_inputs(constant(logp), old_logp, advantages)
     high = _upper_clip(clip, clip_high, dual_clip)
-    ratio = log_ratio.exp()
-    surrogate = ratio * adv
+    ratio = log_ratio.exp_()
     # min() takes the unclipped term, whose slope this is; where an infinite ratio meets A = 0 NaN compares false
-    active = surrogate <= ratio.clamp(1.0 - clip, 1.0 + high) * adv
+    bound = ratio.clamp(1.0 - clip, 1.0 + high).mul_(adv)
+    surrogate = ratio * adv
+    active = surrogate <= bound
     if dual_clip is not None:
         active &= (adv >= 0.0) | (ratio <= dual_clip)
-    return torch.where(active, -surrogate, 0.0)
+    return surrogate.neg_().masked_fill_(~active, 0.0)
 
 
 def value_loss(values: Float[Tensor, " N"], returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -220,7 +229,7 @@ def value_loss(values: Float[Tensor, " N"], returns: Float[Tensor, " N"]) -> Flo
 
 def value_loss_grad(values: Float[Tensor, " N"], returns: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return ∂L/∂V = V − R of :func:`value_loss`, [N]."""
-    return _value_error(values, returns).detach()
+    return _value_error(constant(values), returns)
 
 
 def clipped_value_loss(
@@ -368,7 +377,7 @@ def _log_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
 def _surrogate_inputs(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     check_same_shape("logp", logp, old_logp=old_logp, advantages=advantages)
     dtype = at_least_float32(logp, old_logp, advantages)
-    return in_dtype(logp, dtype) - in_dtype(old_logp.detach(), dtype), in_dtype(advantages.detach(), dtype)
+    return in_dtype(logp, dtype) - in_dtype(constant(old_logp), dtype), in_dtype(constant(advantages), dtype)
 
 
 def _upper_clip(clip: float, clip_high: float | None, dual_clip: float | None) -> float:
@@ -396,7 +405,7 @@ def _hold_ratio(
 def _value_error(values: Tensor, returns: Tensor) -> Tensor:
     check_same_shape("values", values, returns=returns)
     dtype = at_least_float32(values, returns)
-    return in_dtype(values, dtype) - in_dtype(returns.detach(), dtype)
+    return in_dtype(values, dtype) - in_dtype(constant(returns), dtype)
 
 
 def _clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,7 +76,11 @@ def masked_var(
 
 
 def whiten(
-    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None, *, shift: bool = True
+    x: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"] | None = None,
+    *,
+    dim: int | None = None,
+    shift: bool = True,
 ) -> Float[Tensor, "*shape"]:
     """Scale x to population variance 1 and, if ``shift``, to mean 0.
 
@@ -88,6 +92,7 @@ def whiten(
     Args:
         x: any shape.
         mask: the shape of x, True where an element counts; all of them by default.
+        dim: dimension along which mean and σ are taken, apart for each place in the others; over all of x by default.
         shift: False keeps the mean, and with it the sign of what is far from 0.
 
     Returns:
@@ -104,26 +109,29 @@ def whiten(
     if x.numel() == 0:
         return x
     if mask is None:
-        return _whiten_all(x, shift=shift)
-    counts = mask
-    low = x.masked_fill(~counts, math.inf).amin()
-    spread = x.masked_fill(~counts, -math.inf).amax() - low
+        return _whiten_all(x, dim, shift=shift)
+    counts, over = mask, () if dim is None else dim
+    low = x.masked_fill(~counts, math.inf).amin(over, keepdim=True)
+    spread = x.masked_fill(~counts, -math.inf).amax(over, keepdim=True) - low
     # In units of the spread, from the lowest: squares neither overflow nor vanish, and a constant is all zeros.
     place = torch.where(counts & (spread > 0.0), (x - low) / spread, 0.0)
-    mean = masked_mean(place, counts)
+    total, count = _sum_and_count(place, counts, dim, keepdim=True)
+    mean = total / count
     centred = place - mean
-    deviation = masked_mean(centred.square(), counts).sqrt()
-    white = torch.where(spread > 0.0, centred / deviation, 0.0)
+    squares, count = _sum_and_count(centred.square(), counts, dim, keepdim=True)
+    white = torch.where(spread > 0.0, centred / (squares / count).sqrt(), 0.0)
     return torch.where(counts, white if shift else white + (low + mean * spread), 0.0)
 
 
-def _whiten_all(x: Tensor, *, shift: bool) -> Tensor:
+def _whiten_all(x: Tensor, dim: int | None, *, shift: bool) -> Tensor:
     """Return :func:`whiten` where every element counts, in fewer calls: small minibatches are whitened often."""
-    low, high = torch.aminmax(x)
+    if dim is None:
+        return _whiten_all(x.reshape(-1), 0, shift=shift).view_as(x)
+    low, high = torch.aminmax(x, dim=dim, keepdim=True)
     spread = high - low
     some = spread > 0.0
     place = (x - low) / torch.where(some, spread, 1.0)
-    variance, mean = torch.var_mean(place, correction=0)
+    variance, mean = torch.var_mean(place, dim=dim, correction=0, keepdim=True)
     white = (place - mean) / torch.where(some, variance, 1.0).sqrt()
     return white if shift else white + (low + mean * spread)
 

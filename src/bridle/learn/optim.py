@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Literal
 
 import torch
@@ -161,7 +162,9 @@ class _Flat:
             if columns[0][stretch].numel()
         ]
         self._steps = 0
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        self._step = torch.zeros((), device=first.device)
+        self._owners = list(self._parameters.values())
+        self._own: list[Tensor] = []
         self._places: dict[str, slice] = {}
         at = 0
         for name, parameter in self._parameters.items():
@@ -170,24 +173,29 @@ class _Flat:
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad = self._gradient[self._places[name]].view_as(parameter)
-            self._pairs.append((parameter, parameter.grad))
+            self._own.append(parameter.grad)
             at += parameter.numel()
 
     def zero_grad(self) -> None:
         self._gradient.zero_()
-        for parameter, gradient in self._pairs:
-            if parameter.grad is not gradient:
+        if not self._untouched():
+            for parameter, gradient in zip(self._owners, self._own, strict=True):
                 parameter.grad = gradient
 
     def gradient_norm(self) -> Tensor:
-        for parameter, gradient in self._pairs:
-            if parameter.grad is not gradient:  # somebody put a tensor of their own there
-                gradient.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-                parameter.grad = gradient
+        if not self._untouched():
+            for parameter, gradient in zip(self._owners, self._own, strict=True):
+                if parameter.grad is not gradient:
+                    gradient.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                    parameter.grad = gradient
         return torch.dot(self._gradient, self._gradient).sqrt_()
 
     def not_finite(self) -> tuple[str, ...]:
         return _not_finite(self._parameters)
+
+    def _untouched(self) -> bool:
+        """Whether nobody has put a gradient of their own beside ours."""
+        return all(map(is_, [parameter.grad for parameter in self._owners], self._own))
 
     def scale_gradient(self, share: float) -> None:
         self._gradient.mul_(share)
@@ -196,6 +204,7 @@ class _Flat:
     def step(self, lr: float) -> None:
         s = self._settings
         self._steps += 1
+        self._step.fill_(self._steps)
         for (values, gradient, m, v), decay in self._parts:
             # what torch.optim.AdamW(fused=True) calls; its own preparations would cost several times the work done here
             torch._fused_adamw_(
@@ -204,7 +213,7 @@ class _Flat:
                 m,
                 v,
                 [],
-                [torch.tensor(float(self._steps), device=self._values.device)],
+                [self._step],
                 lr=lr,
                 beta1=s.beta1,
                 beta2=s.beta2,

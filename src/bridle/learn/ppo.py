@@ -143,8 +143,9 @@ def update(
     objective = PPOObjective(settings=settings, kl_coefficient=kl_coefficient, critic_only=critic_only)
     taken = 0
     optimiser.zero_grad()
-    for epoch in range(settings.epochs) if epochs is None else epochs:
-        order = epoch_order(len(batch.units), seed=seed, step=step, epoch=epoch)
+    epochs = range(settings.epochs) if epochs is None else epochs
+    orders = [epoch_order(len(batch.units), seed=seed, step=step, epoch=epoch) for epoch in epochs]
+    for epoch, order in zip(epochs, orders, strict=True):
         parts = minibatches(
             batch, settings.minibatches, order=order, whiten_here=settings.whiten == "minibatch", per=settings.per
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -268,26 +269,35 @@ def minibatches(
         actions, ends = index, cuts
     else:
         actions, ends = batch.actions_of(index), units.sizes.cumsum(0)[[cut - 1 for cut in cuts]].tolist()
-    place = slice(None) if order is None else actions.to(batch.old_logp.device)
-    lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    columns = (batch.old_logp, batch.old_value, batch.advantages, batch.returns, batch.episode)
-    cut_up = [torch.split(column, lengths) for column in (actions, *(column[place] for column in columns))]
-    references = [None] * count if batch.ref_logp is None else torch.split(batch.ref_logp[place], lengths)
-    for part, (start, stop) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
-        taken, old_logp, old_value, advantages, returns, episode = (column[part] for column in cut_up)
-        yield (
-            index[start:stop],
-            units if count == 1 else units.select(slice(start, stop)),
-            Minibatch(
-                actions=taken,
-                old_logp=old_logp,
-                old_value=old_value,
-                advantages=whiten(advantages) if whiten_here else advantages,
-                returns=returns,
-                weights=action_weights(episode, per),
-                ref_logp=references[part],
-            ),
-        )
+    stretches = [slice(*ends) for ends in pairwise([0, *ends])]
+    whole = _in_order(batch, actions, stretches, whiten_here=whiten_here, per=per)
+    for (start, stop), stretch in zip(pairwise([0, *cuts]), stretches, strict=True):
+        part = units if count == 1 else units.select(slice(start, stop))
+        yield index[start:stop], part, whole.select(stretch)
+
+
+def _in_order(
+    batch: Batch, actions: Int[Tensor, " N"], stretches: Sequence[slice], *, whiten_here: bool, per: Averaging
+) -> Minibatch:
+    """Return all of a batch as one, in the order of ``actions``, with the weights and the whitening of its stretches."""
+    place = actions.to(batch.old_logp.device)
+    advantages = batch.advantages.index_select(0, place)
+    lengths = [stretch.stop - stretch.start for stretch in stretches]
+    if whiten_here and len(set(lengths)) == 1:
+        advantages = whiten(advantages.view(len(lengths), -1), dim=1).flatten()
+    elif whiten_here:
+        advantages = torch.cat([whiten(advantages[stretch]) for stretch in stretches])
+    # an action's weight asks for its episode only where episodes weigh alike
+    episode = batch.episode if per == "action" else batch.episode.index_select(0, place)
+    return Minibatch(
+        actions=actions,
+        old_logp=batch.old_logp.index_select(0, place),
+        old_value=batch.old_value.index_select(0, place),
+        advantages=advantages,
+        returns=batch.returns.index_select(0, place),
+        weights=torch.cat([action_weights(episode[stretch], per) for stretch in stretches]),
+        ref_logp=None if batch.ref_logp is None else batch.ref_logp.index_select(0, place),
+    )
 
 
 def epoch_order(units: int, *, seed: int, step: int, epoch: int) -> Int[Tensor, " U"]:
