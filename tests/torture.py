@@ -370,8 +370,11 @@ def _compare(path: Path, whole: dict[str, bytes], steps: list[Any], attempt: int
     return [f"attempt {attempt}: {name}" for name in wrong]
 
 
-def torture(name: str, kills: int, world: Path, folder: Path, *, seed: int = 0) -> Outcome:
-    """Kill a job's runs until ``kills`` have found one at work; compare each with the one that was left alone."""
+def torture(name: str, kills: int, world: Path, folder: Path, *, seed: int = 0) -> Iterator[Outcome]:
+    """Kill a job's runs until ``kills`` have found one at work; compare each with the one that was left alone.
+
+    Yields what has become of them after each.
+    """
     job, path, log = JOBS[name], folder / "run", folder / "log"
     folder.mkdir(parents=True)
     spent = os.times()
@@ -401,7 +404,7 @@ def torture(name: str, kills: int, world: Path, folder: Path, *, seed: int = 0) 
         if Run.open(path).state() is not RunState.FINISHED if (path / "config.json").is_file() else True:
             _live(job, world, path, log, Doom(), 0.0)
         outcome.differences += _compare(path, whole, steps, attempt)
-    return outcome
+        yield outcome
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -416,7 +419,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     _watch_phases()
     _watch_files()
-    began, found = time.perf_counter(), {}
+    began = time.perf_counter()
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         world = Path(scratch) / "world"
         world.mkdir()
@@ -425,21 +429,24 @@ def main(arguments: list[str] | None = None) -> int:
             os._exit(0)
         os.wait()
         for name in asked.jobs:
-            outcome = torture(name, asked.kills, world, Path(scratch) / name.replace(" ", "-"), seed=asked.seed)
-            found[name] = outcome.summary()
-            print(f"{name}: {outcome.kills} kills, {len(outcome.differences)} files differ", flush=True)
-    spent = os.times()
-    result = {
-        "command": f"scripts/torture --kills {asked.kills} --seed {asked.seed}",
-        "kills": sum(one["kills"] for one in found.values()),
-        "files_that_differ": sum(len(one["files_that_differ"]) for one in found.values()),
-        "cpu_seconds": round(spent.user + spent.system + spent.children_user + spent.children_system),
-        "seconds": round(time.perf_counter() - began),
-        "jobs": found,
-    }
-    if asked.out is not None:
-        asked.out.write_text(json.dumps(result, indent=2) + "\n")
-    return 1 if result["files_that_differ"] else 0
+            for outcome in torture(name, asked.kills, world, Path(scratch) / name.replace(" ", "-"), seed=asked.seed):
+                found[name] = outcome.summary()
+                spent = os.times()
+                result = {
+                    "command": f"scripts/torture --kills {asked.kills} --seed {asked.seed}",
+                    "kills": sum(one["kills"] for one in found.values()),
+                    "files_that_differ": sum(len(one["files_that_differ"]) for one in found.values()),
+                    "cpu_seconds": round(spent.user + spent.system + spent.children_user + spent.children_system),
+                    "seconds": round(time.perf_counter() - began),
+                    "jobs": found,
+                }
+                if asked.out is not None:
+                    files.write_text(asked.out, json.dumps(result, indent=2) + "\n")
+            print(
+                f"{name}: {found[name]['kills']} kills, {len(found[name]['files_that_differ'])} files differ",
+                flush=True,
+            )
+    return 1 if any(one["files_that_differ"] for one in found.values()) else 0
 
 
 if __name__ == "__main__":
