@@ -1,7 +1,7 @@
 """The same run with other threads, another order of its data, another micro-batch: what stays equal to the bit, what how near.
 
     python bench/exactness.py            # measure, write bench/results/exactness.json and the table in docs/EXACT.md
-    python bench/exactness.py --table    # only write the table anew
+    python bench/exactness.py --table    # only write the page's tables anew, also those of scripts/torture and survival_cost.py
 
 Each job runs once as it is, once more just so, and once with each change. Compared are the first step's loss and gradient
 norm (relative difference) and the finished weights (largest absolute difference, beside the largest move from the start).
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ from bridle.random import generator, torch_rng
 from bridle.runs import Run
 from bridle.runs.files import load_tensors, save_json
 
-RESULTS = Path(__file__).parent / "results" / "exactness.json"
+RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "EXACT.md"
-MARKS = ("<!-- exactness: begin -->\n", "<!-- exactness: end -->\n")
 CHANGES = {
     "again": "just so once more",
     "threads": "2 threads instead of 1",
@@ -209,11 +209,47 @@ def table(found: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def write_table(found: dict[str, Any]) -> None:
-    """Put the table between the marks of the page."""
-    text = PAGE.read_text()
-    begin, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
-    PAGE.write_text(text[:begin] + table(found) + text[end:])
+def torture_table(found: dict[str, Any]) -> str:
+    """Lay out what scripts/torture found: kills by what the run was at, over all jobs."""
+    lines = ["| job | kills | runs resumed to the end | files that differ |\n", "| --- | --- | --- | --- |\n"]
+    at: Counter[str] = Counter()
+    for job, seen in found["jobs"].items():
+        lines.append(
+            f"| {job} | {seen['kills']} | {seen['runs_resumed_to_the_end']} | {len(seen['files_that_differ'])} |\n"
+        )
+        for phase, kills in seen["phases"].items():
+            at[phase.partition(":")[0]] += kills
+    lines += ["\n| the run was | kills |\n", "| --- | --- |\n"]
+    return "".join([*lines, *(f"| {phase} | {kills} |\n" for phase, kills in at.most_common())])
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    """Lay out what bench/survival_cost.py found."""
+    head = "| job | one checkpoint | one in eight minutes | watching | in all | CPU time with and without, ratio |\n"
+    lines = [head, "| --- | --- | --- | --- | --- | --- |\n"]
+    for job, seen in found.items():
+        shares = ("share_of_saving_every_eight_minutes", "share_of_watching", "share_in_all")
+        percent = " | ".join(f"{100 * seen[name]:.2g} %" for name in shares)
+        size = f"{seen['seconds_of_a_checkpoint']:.2g} s, {seen['checkpoint_bytes'] / 1e6:.2g} MB"
+        lines.append(f"| {job} | {size} | {percent} | {seen['median_cpu_ratio']:.3f} |\n")
+    return "".join(lines)
+
+
+def page(text: str) -> str:
+    """Return the page with every table as the committed figures have it."""
+    read = {
+        name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("exactness", "torture", "survival_cost")
+    }
+    tables = {
+        "exactness": table(read["exactness"]["jobs"]),
+        "torture": torture_table(read["torture"]),
+        "cost": cost_table(read["survival_cost"]),
+    }
+    for name, content in tables.items():
+        before, begin, rest = text.partition(f"<!-- {name}: begin -->\n")
+        _, end, after = rest.partition(f"<!-- {name}: end -->\n")
+        text = before + begin + content + end + after
+    return text
 
 
 def main() -> None:
@@ -221,8 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     if not parser.parse_args().table:
-        save_json(RESULTS, {"torch": torch.__version__, "jobs": measure()})
-    write_table(json.loads(RESULTS.read_text())["jobs"])
+        save_json(RESULTS / "exactness.json", {"torch": torch.__version__, "jobs": measure()})
+    PAGE.write_text(page(PAGE.read_text()))
 
 
 if __name__ == "__main__":
