@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import gymnasium
@@ -54,34 +54,37 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ObservationSpec:
-    """An observation's parts, in the order in which they are laid side by side."""
+    """An observation's parts, in the order in which they are laid side by side.
+
+    Every step asks what follows from them, so it is found once; slots leave no room for that.
+    """
 
     parts: tuple[Part, ...]
     """The leaves of the space: Dicts by key in Gymnasium's order, Tuples by place."""
 
-    @property
+    @cached_property
     def numbers(self) -> tuple[Number, ...]:
         """The parts that the vector is made of."""
         return tuple(part for part in self.parts if not isinstance(part, ImagePart | MaskPart))
 
-    @property
+    @cached_property
     def images(self) -> tuple[ImagePart, ...]:
         """The images."""
         return tuple(part for part in self.parts if isinstance(part, ImagePart))
 
-    @property
+    @cached_property
     def mask(self) -> MaskPart | None:
         """The action mask, if the observation holds one."""
         return next((part for part in self.parts if isinstance(part, MaskPart)), None)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """D, the length of the vector."""
         return sum(part.width for part in self.numbers)
 
-    @property
+    @cached_property
     def measured(self) -> Bool[Tensor, " D"]:
         """[D] True where the vector holds a Box's numbers, which normalisation may scale; False for bits and one-hots."""
         kinds = [isinstance(part, BoxPart) for part in self.numbers for _ in range(part.width)]

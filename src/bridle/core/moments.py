@@ -251,6 +251,8 @@ def _sum_and_count(
     check_same_shape("x", x, mask=mask)
     check_bool(mask=mask)
     dims = tuple(range(x.ndim)) if dim is None else dim
-    counts = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     x = x.to(at_least_float32(x))
-    return x.masked_fill(~counts, 0.0).sum(dims, keepdim=keepdim), counts.sum(dims, keepdim=keepdim).to(x.dtype)
+    if mask is None:
+        shape = [x.shape[d] for d in ((dims,) if isinstance(dims, int) else dims)]
+        return x.sum(dims, keepdim=keepdim), x.new_tensor(math.prod(shape))
+    return x.masked_fill(~mask, 0.0).sum(dims, keepdim=keepdim), mask.sum(dims, keepdim=keepdim).to(x.dtype)
