@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bridle.errors import NonFiniteLogits
 from bridle.language.causal import CausalModel
-from bridle.language.sampler import ReferenceSampler, Sampled, SamplingSettings, Stop
+from bridle.language.sampler import ReferenceSampler, Sampled, SamplingSettings, Stop, tape
 from bridle.language.sampler.engine import EmbeddedSampler, _Work
 from bridle.language.sampler.serving import embedded_sampler
 from bridle.language.sampler.slots import Prefill, Slots
@@ -29,6 +29,7 @@ SERVED = (
     "mistral",
     "gemma",
     "gemma2",
+    "gemma3_text",
     "phi",
     "phi3",
     "olmo",
@@ -40,6 +41,12 @@ SERVED = (
     "mixtral",
 )
 _OWN = {"phi3": {"sliding_window": 5}, "opt": {"word_embed_proj_dim": 32}}
+
+
+@pytest.fixture(autouse=True)
+def _from_tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are played from tape from the first one on, as they are in a long run."""
+    monkeypatch.setattr(tape, "PAYS_FROM", 1)
 
 
 def model_of(family: str) -> PreTrainedModel:
@@ -207,9 +214,9 @@ def test_garbage_behind_an_answer_is_never_seen(monkeypatch: pytest.MonkeyPatch)
         plan(self, positions, prefills)  # type: ignore[arg-type]
         for slot in range(self.count):
             used = int(positions[slot]) if slot < len(positions) else 0
-            for keys, values in zip(self._keys.values(), self._values.values(), strict=True):
-                keys[slot, ..., used:] = 1e4
-                values[slot, :, used:] = 1e4
+            for store in (*self._keys.values(), *self._values.values()):
+                behind = (slot, ..., slice(used, None)) if store.across else (slot, slice(None), slice(used, None))
+                store.held[behind] = 1e4
 
     monkeypatch.setattr(Slots, "plan", dirty)
     same_answers(engine(model)(asked, key, settings), clean)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bridle.language.causal import CausalModel
 from bridle.language.sampler.serving import require_servable
 from bridle.language.sampler.slots import Slots, serving
-from bridle.language.sampler.tape import Tapes
+from bridle.language.sampler.tape import _PLAIN, PAYS_FROM, Tapes
 from bridle.random import generator
 from tests.language.tiny import VOCABULARY, tiny_model
 
@@ -30,7 +30,7 @@ def played_and_own(
         slots = Slots(windows, n, torch.device("cpu"))
         slots.reserve(32, 0)
         with serving(actor.model, slots), torch.no_grad():
-            play: Callable[[Tensor, Tensor], Tensor] | None = tapes.over(slots)
+            play: Callable[[Tensor, Tensor], Tensor] | None = tapes.over(slots, PAYS_FROM)
             assert play is not None
             for t in range(3):
                 positions = torch.full((n,), t)
@@ -101,5 +101,35 @@ def test_a_model_that_looks_at_data_or_writes_in_place_is_not_recorded(kind: typ
     layer = actor.model.base_model.layers[0]
     layer.mlp = kind(layer.mlp)
     slots = Slots((None, None), 2, torch.device("cpu"))
-    assert Tapes(actor).over(slots) is None
+    assert Tapes(actor).over(slots, PAYS_FROM) is None
     assert require_servable(actor) == (None, None)  # it is served without a tape
+
+
+def test_a_tape_is_recorded_once_it_pays() -> None:
+    """A short job is served by the model as it is; the steps of all its calls count together."""
+    actor = CausalModel(tiny_model())
+    tapes, slots = Tapes(actor), Slots((None, None), 2, torch.device("cpu"))
+    assert tapes.over(slots, PAYS_FROM // 2) is None
+    with serving(actor.model, slots), torch.no_grad():
+        assert tapes.over(slots, PAYS_FROM) is not None
+
+
+def test_a_step_that_cannot_be_recorded_is_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    actor = CausalModel(tiny_model())
+    layer = actor.model.base_model.layers[0]
+    layer.mlp = _Looks(layer.mlp)
+    tapes, slots = Tapes(actor), Slots((None, None), 2, torch.device("cpu"))
+    for _ in range(2):
+        assert tapes.over(slots, PAYS_FROM) is None
+    (record,) = [record for record in caplog.records if record.name.startswith("bridle")]
+    assert "LlamaForCausalLM cannot be recorded" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_a_tape_that_plays_another_step_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    actor = CausalModel(tiny_model())
+    monkeypatch.setitem(_PLAIN, "aten.neg.default", torch.abs)
+    assert Tapes(actor).over(Slots((None, None), 2, torch.device("cpu")), PAYS_FROM) is None
+    assert "differs by" in caplog.text

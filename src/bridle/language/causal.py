@@ -55,7 +55,10 @@ class HeadForm:
         self, hidden: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None
     ) -> Float[Tensor, "n V"]:
         """Return z in full, in float32 or wider."""
-        raw = torch.nn.functional.linear(hidden, weight, bias)
+        return self.finish(torch.nn.functional.linear(hidden, weight, bias))
+
+    def finish(self, raw: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Return z of ``raw`` = hWᵀ + b, in float32 or wider."""
         scaled = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if self.scale != 1.0:
             scaled = self.scale * scaled

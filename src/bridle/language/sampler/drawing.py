@@ -14,6 +14,8 @@ LARGEST_UNIFORM = 1.0 - 2.0**-23
 """The largest float32 whose product with a float32 total stays below that total."""
 
 _BLOCK = 128
+_PIECE = 2**22
+"""Logits drawn from at once: beyond that rows are taken in parts, since much larger arrays are new memory every time."""
 _SMALL = 2048
 """Below this vocabulary one cumulative sum is faster than a dozen operations on blocks."""
 
@@ -28,6 +30,12 @@ def draw(
         uniform: draws in [0, ``LARGEST_UNIFORM``].
         settings: τ, and the cuts if any.
     """
+    if logits.numel() > _PIECE and len(logits) > 1:
+        rows = max(1, _PIECE // logits.shape[1])
+        starts = range(0, len(logits), rows)
+        parts = [draw(logits[i : i + rows], uniform[i : i + rows], settings) for i in starts]
+        token, logp, plain = (torch.cat(column) for column in zip(*parts, strict=True))
+        return token, logp, plain
     scaled = logits if settings.temperature == 1.0 else logits / settings.temperature
     if not settings.warped:
         token, logp = blocked_inverse_cdf(scaled, uniform)

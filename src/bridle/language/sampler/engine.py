@@ -22,6 +22,7 @@ from bridle.language.causal import CausalModel, States
 from bridle.language.policy import head_values
 from bridle.language.sampler.drawing import LARGEST_UNIFORM, draw
 from bridle.language.sampler.graphs import GraphedStep
+from bridle.language.sampler.products import projection, swift_products
 from bridle.language.sampler.protocol import Sampled, SamplingSettings, Stop
 from bridle.language.sampler.slots import Prefill, Slots, serving
 from bridle.language.sampler.stopping import Stopping
@@ -73,20 +74,24 @@ class EmbeddedSampler:
         self, prompts: Sequence[Int[Tensor, " P"]], uniforms: NDArray[np.float64], settings: SamplingSettings
     ) -> list[Sampled]:
         """Draw one answer per prompt; see :class:`bridle.language.sampler.protocol.Sampler`."""
-        slots = Slots(self._windows, min(settings.rows, len(prompts)), self._actor.device)
+        rows = min(settings.rows, len(prompts))
+        slots, steps = (
+            Slots(self._windows, rows, self._actor.device),
+            -(-len(prompts) // rows) * settings.max_new_tokens,
+        )
         watch = Stopping(self._stops, settings.stop_strings, self._decode)
         work = _Work(self._actor, self._value_head, slots, watch, prompts, uniforms, settings)
         with serving(self._actor.model, slots), self._computing():
-            work.play = self._step_over(slots)
+            work.play, work.logits = self._step_over(slots, steps), projection(self._actor, steps)
             while work.step():
                 pass
         return work.answers()
 
-    def _step_over(self, slots: Slots) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def _step_over(self, slots: Slots, steps: int) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The fastest step for answers under way alone: a graph on CUDA, a tape on the CPU; None: the model as it is."""
         if self._actor.device.type == "cuda" and self._actor.fused:
             return GraphedStep(self._actor, slots)
-        return self._tapes.over(slots)
+        return self._tapes.over(slots, steps)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,6 +133,9 @@ class _Work:
         self._settings = settings
         self.play: Callable[[Tensor, Tensor], Tensor] | None = None
         """A step for answers under way alone, if one was recorded."""
+        self.logits: Callable[[Tensor], Tensor] = actor.logits
+        """Features → logits [n, V]."""
+        self._products = swift_products(actor.device)
         self._uniforms = uniforms.astype(np.float32).clip(max=LARGEST_UNIFORM)
         self._queue = _groups(prompts)
         self._size = min(settings.rows, len(prompts))
@@ -189,20 +197,17 @@ class _Work:
             states = States(hidden=hidden, features=hidden)
         elif not fresh:
             rows = torch.arange(used, device=device)
-            states = self._actor.states(
-                self._token[:, None], rows, torch.zeros_like(rows), positions=positions[:, None]
-            )
+            where = {"positions": positions[:, None]}
+            with self._products:
+                states = self._actor.states(self._token[:, None], rows, torch.zeros_like(rows), **where)
         else:
             ids = torch.from_numpy(np.concatenate([start.group.ids for start in fresh])).to(device)
             lengths = np.array([len(start.group.ids) for start in fresh])
             places = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
             columns = torch.from_numpy(np.concatenate([np.arange(used), used + lengths.cumsum() - 1])).to(device)
-            states = self._actor.states(
-                torch.cat([self._token, ids])[None],
-                torch.zeros_like(columns),
-                columns,
-                positions=torch.cat([positions, places])[None],
-            )
+            tokens, where = torch.cat([self._token, ids])[None], {"positions": torch.cat([positions, places])[None]}
+            with self._products:
+                states = self._actor.states(tokens, torch.zeros_like(columns), columns, **where)
             for row, start in enumerate(fresh, start=used):
                 start.group.read = _rows(states, slice(row, row + 1))
         if len(fresh) < len(starts):
@@ -236,9 +241,9 @@ class _Work:
     def _draw(self, states: States, pick: list[int] | None) -> None:
         """Draw a token for each slot in use from row ``pick[slot]`` of the states; let go of answers that it ends."""
         device = self._actor.device
-        logits = self._actor.logits(states.features)
+        logits = self.logits(states.features)
         values = None if self._value_head is None else head_values(self._value_head, states.hidden)
-        if pick is not None:
+        if pick is not None and pick != list(range(len(pick))):
             chosen = torch.tensor(pick, device=device)
             logits = logits[chosen]
             values = None if values is None else values[chosen]

@@ -3,8 +3,9 @@
 Models reach it through transformers' ``AttentionInterface``: while a :class:`Slots` is in use, every attention layer hands
 its new queries, keys and values to :meth:`Slots.attend`, which keeps keys and values and knows what each token may see.
 The model itself gets no cache and no mask. A slot is a row of values ``[slots, heads, capacity, width]`` and of keys laid
-across, ``[slots, heads, width, capacity]``, which makes the product with one query up to twice as fast; slots in use
-come first, so that every product runs over one contiguous piece of memory.
+across, ``[slots, heads, width, capacity]``, which makes the product with one query up to twice as fast (values of narrow
+heads lie across too); slots in use come first, so that every product runs over one contiguous piece of memory. Where a
+CPU multiplies bfloat16 numbers slowly they are kept in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from bridle.errors import ModelError
+from bridle.language.sampler.products import bfloat16_is_slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Prefill", "Recorder", "Slots", "serving"]
 
 _NAME = "bridle_embedded"
+_NARROW = 16
+"""Heads up to this width keep their values across: reading them is then up to twice as fast, and slower for wide heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,47 @@ class Prefill:
     """[b] the slot of each prompt."""
     length: int
     """L, tokens of each."""
+
+
+class _Store:
+    """A layer's keys or values, across, ``[slots, heads, width, capacity]``, or along, ``[slots, heads, capacity, width]``."""
+
+    def __init__(self, like: Float[Tensor, "n h 1 D"], count: int, capacity: int, *, across: bool) -> None:
+        heads, width = like.shape[1], like.shape[3]
+        self.across = across
+        self.held = like.new_zeros(count, heads, *((width, capacity) if across else (capacity, width)))
+        self.lines = heads * width if across else heads
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, capacity: int, used: int) -> None:
+        """Make room for ``capacity`` tokens, keeping what the first ``used`` slots hold; the rest must be finite."""
+        old, axis = self.held, 3 if self.across else 2
+        kept = min(capacity, old.shape[axis])
+        shape = list(old.shape)
+        shape[axis] = capacity
+        self.held = old.new_empty(shape)
+        self.held[used:] = 0
+        self.held[:used].narrow(axis, kept, capacity - kept).zero_()
+        self.held[:used].narrow(axis, 0, kept).copy_(old[:used].narrow(axis, 0, kept))
+        self._seen.clear()
+
+    def text(self, length: int) -> Tensor:
+        """The first ``length`` tokens of every slot."""
+        return self.held[..., :length] if self.across else self.held[:, :, :length]
+
+    def keep(self, slots: Int[Tensor, " b"], x: Float[Tensor, "b h L D"]) -> None:
+        """Write whole texts into ``slots``."""
+        self.text(x.shape[2]).index_copy_(0, slots, x.transpose(2, 3) if self.across else x)
+
+    def append(self, places: Int[Tensor, " m"], x: Float[Tensor, "n h 1 D"]) -> Tensor:
+        """Write one token into each of slots 0 … n−1, at ``places`` of the lines; return what these slots hold, by head."""
+        rows = x.shape[0] * x.shape[1]
+        if rows not in self._seen:
+            lines = self.held.view(-1) if self.across else self.held.view(-1, self.held.shape[3])
+            self._seen[rows] = (lines, self.held.view(-1, *self.held.shape[2:])[:rows])
+        lines, seen = self._seen[rows]
+        lines.index_copy_(0, places, x.reshape(-1) if self.across else x.reshape(rows, -1))
+        return seen
 
 
 class Slots:
@@ -53,31 +98,25 @@ class Slots:
         self.windows = tuple(windows)
         self.count = count
         self._device = device
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._wide = bfloat16_is_slow(device)
+        self._keys: dict[int, _Store] = {}
+        self._values: dict[int, _Store] = {}
         self._positions = torch.zeros(0, dtype=torch.int64, device=device)
         self._prefills: tuple[Prefill, ...] = ()
         self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
         self._places: dict[int, Tensor] = {}
-        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def reserve(self, capacity: int, used: int) -> None:
         """Make every slot ``capacity`` tokens long, keeping what the first ``used`` slots hold."""
-        kept = min(capacity, self.capacity)
-        for layer, old in self._keys.items():
-            self._keys[layer] = old.new_zeros(*old.shape[:3], capacity)
-            self._keys[layer][:used, ..., :kept] = old[:used, ..., :kept]
-        for layer, old in self._values.items():
-            self._values[layer] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-            self._values[layer][:used, :, :kept] = old[:used, :, :kept]
+        for store in (*self._keys.values(), *self._values.values()):
+            store.reserve(capacity, used)
         self.capacity = capacity
-        self._views.clear()
 
     def copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
         """Copy the first ``length`` tokens of slots ``source`` into slots ``target``."""
         read, write = (torch.tensor(slots, device=self._device) for slots in (source, target))
-        texts = [keys[..., :length] for keys in self._keys.values()]
-        for text in texts + [values[:, :, :length] for values in self._values.values()]:
+        for store in (*self._keys.values(), *self._values.values()):
+            text = store.text(length)
             text.index_copy_(0, write, text.index_select(0, read))
 
     def plan(self, positions: Int[Tensor, " n"], prefills: Sequence[Prefill]) -> None:
@@ -97,11 +136,11 @@ class Slots:
         softcap: float | None,
     ) -> Float[Tensor, "b l H E"]:
         """Keep the new keys and values, and return what each new token reads."""
-        self._open(layer, key, value)
         n = len(self._positions)
         if query.shape[2] == 1 and not self._prefills:
             return self.decode(query, key, value, layer, scaling, softcap)
-        q, k, v = (_by_token(x) for x in (query, key, value))
+        kind = value.dtype
+        q, k, v = (_by_token(x) for x in self._stored(query, key, value))
         old = [x[:n, :, None] for x in (q, k, v)]
         parts = [self.decode(old[0], old[1], old[2], layer, scaling, softcap)[:, 0]] if n else []
         begin = n
@@ -110,7 +149,7 @@ class Slots:
             parts.append(self._prefill(layer, prefill, q[begin:end], k[begin:end], v[begin:end], scaling, softcap))
             begin = end
         read = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return read.view(query.shape[0], query.shape[2], *read.shape[1:])
+        return read.view(query.shape[0], query.shape[2], *read.shape[1:]).to(kind)
 
     def decode(
         self,
@@ -122,33 +161,31 @@ class Slots:
         softcap: float | None,
     ) -> Float[Tensor, "n 1 H E"]:
         """The same for one new token in each of slots 0 … n−1."""
-        self._open(layer, key, value)
-        n, heads, _, width = key.shape
-        keys, values, past, read = self._seen(layer, n * heads)
-        keys.index_copy_(0, self._place(heads * width), key.reshape(-1))
-        values.index_copy_(0, self._place(heads), value.reshape(n * heads, -1))
+        kind = value.dtype
+        query, key, value = self._stored(query, key, value)
+        (keys, values), (n, heads, _, width) = self._open(layer, key, value), key.shape
+        past, read = keys.append(self._place(keys.lines), key), values.append(self._place(values.lines), value)
         grouped = query.reshape(n * heads, -1, width)
         mask = self._mask(self.windows[layer], heads, query.dtype)
         if softcap is None:
             scores = torch.baddbmm(mask, grouped, past, alpha=scaling)
         else:
             scores = softcap * torch.tanh(torch.bmm(grouped, past) * (scaling / softcap)) + mask
-        return torch.bmm(torch.softmax(scores, dim=-1), read).view(n, 1, query.shape[1], -1)
+        found = torch.bmm(torch.softmax(scores, dim=-1), read.transpose(1, 2) if values.across else read)
+        return found.view(n, 1, query.shape[1], -1).to(kind)
 
-    def _open(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Make a layer's store when its first keys and values show their shape."""
+    def _stored(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is computed with: bfloat16 numbers as float32 ones where that is faster."""
+        if self._wide and value.dtype is torch.bfloat16:
+            return query.float(), key.float(), value.float()
+        return query, key, value
+
+    def _open(self, layer: int, key: Tensor, value: Tensor) -> tuple[_Store, _Store]:
+        """A layer's stores, made when its first keys and values show their shape."""
         if layer not in self._keys:
-            (heads, width), wide = (key.shape[1], key.shape[3]), value.shape[3]
-            self._keys[layer] = key.new_zeros(self.count, heads, width, self.capacity)
-            self._values[layer] = value.new_zeros(self.count, heads, self.capacity, wide)
-
-    def _seen(self, layer: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A layer's keys as numbers and values as vectors, to write to; and as [rows, D, C] and [rows, C, E], to read."""
-        if (layer, rows) not in self._views:
-            keys, values = self._keys[layer], self._values[layer]
-            past, read = (held.view(-1, *held.shape[2:])[:rows] for held in (keys, values))
-            self._views[layer, rows] = (keys.view(-1), values.view(-1, values.shape[3]), past, read)
-        return self._views[layer, rows]
+            self._keys[layer] = _Store(key, self.count, self.capacity, across=True)
+            self._values[layer] = _Store(value, self.count, self.capacity, across=value.shape[3] <= _NARROW)
+        return self._keys[layer], self._values[layer]
 
     def _prefill(
         self,
@@ -162,8 +199,9 @@ class Slots:
     ) -> Float[Tensor, "m H E"]:
         length = prefill.length
         q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        self._keys[layer][..., :length].index_copy_(0, prefill.slots, k.transpose(2, 3))
-        self._values[layer][:, :, :length].index_copy_(0, prefill.slots, v)
+        keys, values = self._open(layer, k, v)
+        keys.keep(prefill.slots, k)
+        values.keep(prefill.slots, v)
         window, shared = self.windows[layer], q.shape[1] != k.shape[1]
         if softcap is None and (window is None or window >= length):
             read = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared)
