@@ -200,7 +200,7 @@ def table(found: dict[str, Any]) -> str:
     """Lay the differences out as a Markdown table."""
     head = "| job | the same run … | metrics and weights | loss of step 1 | gradient of step 1 | finished weights |\n"
     lines = [head, "| --- | --- | --- | --- | --- | --- |\n"]
-    for job, changes in found.items():
+    for job, changes in found["jobs"].items():
         for change, seen in changes.items():
             equal = seen["metrics_equal"] and seen["weights_equal"]
             numbers = [f"{seen[name]:.0e}" if seen[name] else "equal" for name in ("loss", "grad_norm", "weights")]
@@ -236,16 +236,12 @@ def cost_table(found: dict[str, Any]) -> str:
 
 
 def page(text: str) -> str:
-    """Return the page with every table as the committed figures have it."""
-    read = {
-        name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("exactness", "torture", "survival_cost")
-    }
-    tables = {
-        "exactness": table(read["exactness"]["jobs"]),
-        "torture": torture_table(read["torture"]),
-        "cost": cost_table(read["survival_cost"]),
-    }
-    for name, content in tables.items():
+    """Return the page with every table of which there are figures as these have it."""
+    tables = {"exactness": table, "torture": torture_table, "survival_cost": cost_table}
+    for name, laid_out in tables.items():
+        if not (RESULTS / f"{name}.json").is_file():
+            continue
+        content = laid_out(json.loads((RESULTS / f"{name}.json").read_text()))
         before, begin, rest = text.partition(f"<!-- {name}: begin -->\n")
         _, end, after = rest.partition(f"<!-- {name}: end -->\n")
         text = before + begin + content + end + after

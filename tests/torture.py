@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import mmap
 import os
@@ -24,7 +25,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,7 @@ def _child(job: Job, world: Path, path: Path, log: Path, doom: Doom) -> None:
     try:
         _doom.event, _doom.share = doom.event, doom.share
         job.run(job.config(world, path), resume=(path / "config.json").is_file())
+        log.write_text("\n".join(sys.modules))
         code = 0
     except BaseException:
         log.write_text(traceback.format_exc())
@@ -381,6 +383,10 @@ def torture(name: str, kills: int, world: Path, folder: Path, *, seed: int = 0) 
     if not _live(job, world, path, log, Doom(), 0.0):
         raise RuntimeError(f"{name}: nobody killed it, and it is dead")
     events, now = _events(), os.times()
+    for module in log.read_text().split("\n"):  # or every life would begin with importing it
+        if module.startswith(("transformers.", "tokenizers.", "gymnasium.", "safetensors.", "torch.")):
+            with suppress(ImportError):
+                importlib.import_module(module)
     cpu = now.children_user + now.children_system - spent.children_user - spent.children_system
     whole, steps = _contents(path), [row["step"] for row in Run.open(path).timings()]
     outcome, attempt = Outcome(), 0
