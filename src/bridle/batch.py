@@ -86,8 +86,6 @@ class Evaluation:
     """[n] V(s_t), in units of return."""
     exact_kl: Float[Tensor, " n"] | None = None
     """[n] KL(π(· | s_t) ‖ reference), nats, over all actions; None unless the units carry the reference."""
-    last_value: Float[Tensor, " U"] | None = None
-    """[U] V of the state after each unit's last action; None unless asked for."""
 
 
 class Policy(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from bridle.errors import ConfigError, SamplerMismatch
 from bridle.language.causal import CausalModel
 from bridle.language.collect import Episode, PromptTokens, collect, prompts_of_step
 from bridle.language.policy import LanguagePolicy, critic_from_actor, value_head
-from bridle.language.prepare import prepare, read
-from bridle.language.sampler import ReferenceSampler, SamplingSettings, Stop
+from bridle.language.prepare import look, prepare, read_reference, read_values
+from bridle.language.sampler import ReferenceSampler, Sampler, SamplingSettings, Stop
+from bridle.language.sampler.serving import embedded_sampler
 from bridle.language.scorers import Answers, Scores
 from bridle.language.segments import Segments, layout, pad_flat
 from bridle.language.shaping import KLSettings, ShapingSettings, score_rewards, token_rewards
@@ -44,9 +46,9 @@ def make_policy(critic: str = "own") -> tuple[LanguagePolicy, CausalModel]:
     return LanguagePolicy(actor, head, temperature=0.9, reference=reference).eval(), reference
 
 
-def rollout(policy: LanguagePolicy, limit: int = 10, k: int = 2) -> list[Episode]:
+def rollout(policy: LanguagePolicy, limit: int = 10, k: int = 2, sampler: Sampler | None = None) -> list[Episode]:
     prompts = [PromptTokens(ids=torch.arange(3, 5 + n), text=f"p{n}", columns={"n": n}) for n in range(6)]
-    sampler = ReferenceSampler(policy.actor.model, [STOP])
+    sampler = sampler or ReferenceSampler(policy.actor.model, [STOP])
     settings = SamplingSettings(max_new_tokens=limit, temperature=0.9)
     return collect(
         sampler,
@@ -100,11 +102,21 @@ def test_reading_is_that_of_plain_forwards(critic: str) -> None:
     episodes = rollout(policy)
     assert {e.stop for e in episodes} == {Stop.EOS, Stop.LENGTH}
     segments = Segments.of([e.prompt.ids for e in episodes], [e.ids for e in episodes])
-    whole = read(policy, reference, segments, budget=None)
-    cut = read(policy, reference, segments, budget=20)
-    for name in ("logp", "entropy", "value", "last_value", "ref_logp", "exact_kl"):
-        torch.testing.assert_close(getattr(cut, name), getattr(whole, name), atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(whole.exact_kl, torch.zeros_like(whole.exact_kl), atol=1e-6, rtol=0)
+    everyone = torch.arange(len(segments))
+    seen, value, last_value = (
+        look(policy, reference, segments, everyone, budget=None),
+        *read_values(policy, segments, budget=None),
+    )
+    ref_logp, _ = read_reference(policy, reference, segments, budget=None, logp=True, features=False)
+    cut = look(policy, reference, segments, everyone, budget=20)
+    for name in ("logp", "entropy", "ref_logp", "exact_kl"):
+        torch.testing.assert_close(getattr(cut, name), getattr(seen, name), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(seen.ref_logp, ref_logp, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(read_values(policy, segments, budget=20)[0], value, atol=2e-6, rtol=1e-5)
+    again, features = read_reference(policy, reference, segments, budget=20, logp=True, features=True)
+    torch.testing.assert_close(again, ref_logp, atol=2e-6, rtol=1e-5)
+    assert [len(one) for one in features] == segments.sizes.tolist()
+    torch.testing.assert_close(seen.exact_kl, torch.zeros_like(seen.exact_kl), atol=1e-6, rtol=0)
     start = 0
     for u, e in enumerate(episodes):
         stop, p = start + len(e.ids), len(e.prompt.ids)
@@ -115,9 +127,9 @@ def test_reading_is_that_of_plain_forwards(critic: str) -> None:
             head = policy.critic.head if critic == "own" else policy.critic
             values = head(trunk(ids).last_hidden_state)[0, :, 0]
         logp = torch.log_softmax(logits, -1)[p - 1 : -1].gather(1, e.ids[:, None])[:, 0]
-        torch.testing.assert_close(whole.logp[start:stop], logp, atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(whole.value[start:stop], values[p - 1 : -1], atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(whole.last_value[u], values[-1], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(seen.logp[start:stop], logp, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(value[start:stop], values[p - 1 : -1], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(last_value[u], values[-1], atol=2e-6, rtol=1e-5)
         start = stop
 
 
@@ -128,6 +140,59 @@ def test_first_forward_agrees_with_the_sampler() -> None:
     assert float(found.gap.maximum) < 1e-4
     assert not found.recomputed
     assert torch.equal(found.batch.old_logp, torch.cat([e.sampler_logp for e in rollout(policy)]))
+
+
+def test_a_share_of_the_answers_is_looked_at_and_their_columns_are_those_of_a_look_at_all() -> None:
+    policy, reference = make_policy()
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(1.1)
+    episodes = rollout(policy, k=5)
+    some = prepared(policy, reference, episodes, kl=KLSettings(exact_share=0.4)).look
+    every = prepared(policy, reference, episodes, kl=KLSettings(exact_share=1.0)).look
+    assert some.units.tolist() == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]
+    assert every.units.tolist() == list(range(30))
+    for name in ("logp", "entropy", "ref_logp", "exact_kl"):
+        whole = getattr(every, name)[some.actions]
+        torch.testing.assert_close(getattr(some, name), whole, atol=2e-6, rtol=1e-5)
+    sizes = torch.tensor([len(e.ids) for e in episodes])
+    per_answer = every.per_answer("exact_kl", sizes)[some.units]
+    torch.testing.assert_close(some.per_answer("exact_kl", sizes), per_answer, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("on_length", ["score", "bootstrap"])
+def test_the_samplers_values_serve_where_it_has_them(on_length: str) -> None:
+    """With the critic on the actor's trunk the engine hands over V(s_t); batches are those of reading the values anew."""
+    policy, reference = make_policy("trunk")
+    engine = embedded_sampler(policy.actor, [STOP], value_head=policy.critic)
+    episodes = rollout(policy, sampler=engine)
+    assert all(e.values is not None for e in episodes)
+    shaping = ShapingSettings(on_length=on_length)
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        read = policy.values
+        patch.setattr(policy, "values", lambda part: asked.append(part) or read(part))
+        kept = prepared(policy, reference, episodes, shaping=shaping)
+    cut = sum(e.stop is Stop.LENGTH for e in episodes)
+    assert cut > 0
+    assert sum(len(part) for part in asked) == (cut if on_length == "bootstrap" else 0)
+    anew = prepared(policy, reference, [replace(e, values=None) for e in episodes], shaping=shaping)
+    for name in ("old_value", "advantages", "returns"):
+        torch.testing.assert_close(getattr(kept.batch, name), getattr(anew.batch, name), atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_is_asked_for_what_the_leash_reads() -> None:
+    policy, reference = make_policy()
+    episodes = rollout(policy)
+    for kl, coefficient, ids, features in [
+        (KLSettings(), 0.1, True, False),
+        (KLSettings(), 0.0, False, False),
+        (KLSettings(where="none"), 0.0, False, False),
+        (KLSettings(where="loss", estimator="k3"), 0.1, True, False),
+        (KLSettings(where="loss", estimator="exact"), 0.1, False, True),
+    ]:
+        batch = prepared(policy, reference, episodes, kl=kl, kl_coefficient=coefficient).batch
+        assert (batch.ref_logp is not None) == ids
+        assert (batch.units.ref_features is not None) == features
 
 
 def test_another_policy_than_the_sampler_is_noticed() -> None:
@@ -188,7 +253,7 @@ def test_cut_answers_are_scored_or_bootstrapped_never_both() -> None:
         for u, e in enumerate(episodes):
             returns = found.batch.returns[start : start + len(e.ids)]
             cut = e.stop is Stop.LENGTH and on_length == "bootstrap"
-            expected = found.reading.last_value[u] if cut else torch.tensor(e.score)
+            expected = found.last_value[u] if cut else torch.tensor(e.score)
             torch.testing.assert_close(returns, expected.expand(len(e.ids)), atol=1e-5, rtol=1e-5)
             start += len(e.ids)
 

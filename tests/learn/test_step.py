@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,9 @@ from bridle.learn.step import (
     epoch_order,
     micro_batches,
     minibatches,
+    padding_share,
 )
+from bridle.random import generator
 from tests.learn.tabular import Draws, Table, batch_of, optimiser_of, singles
 
 
@@ -114,6 +118,37 @@ def test_micro_batches_cover_and_keep_the_budget(lengths: list[int], budget: int
     for group in groups:
         longest = max(lengths[i] for i in group.tolist())
         assert len(group) == 1 or len(group) * longest <= budget
+
+
+def test_padding_is_a_few_per_cent_of_ragged_answers_and_none_of_equal_ones() -> None:
+    """Lengths drawn evenly from 40 to 168: in one group a third would be padding; every cut keeps all units."""
+    lengths = torch.from_numpy(generator(0, "ragged").integers(40, 168, size=256))
+    assert padding_share(lengths, None) > 0.3
+    for budget in (2048, 16_384, 1_000_000):
+        assert padding_share(lengths, budget) < 0.06
+    assert padding_share(torch.full((64,), 96), 2048) == 0.0
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=7), st.integers(400, 3000))
+def test_the_cut_costs_least_of_all(lengths: list[int], budget: int) -> None:
+    """Against every way to cut the sorted units: units × longest, and 256 tokens a group."""
+    ordered = sorted(lengths)
+
+    def cost(groups: list[list[int]]) -> float:
+        own = [len(group) * max(group) for group in groups]
+        return sum(own) + 256 * len(groups) if max(own) <= budget else math.inf
+
+    ways = []
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        groups = [[ordered[0]]]
+        for cut, length in zip(cuts, ordered[1:], strict=True):
+            if cut:
+                groups.append([length])
+            else:
+                groups[-1].append(length)
+        ways.append(cost(groups))
+    found = [[lengths[i] for i in group.tolist()] for group in micro_batches(torch.tensor(lengths), budget)]
+    assert cost(found) == min(ways)
 
 
 def test_weights_by_hand() -> None:

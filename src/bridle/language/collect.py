@@ -43,6 +43,8 @@ class Episode:
     """[T] the answer's token ids exactly as sampled, the stop token included."""
     sampler_logp: Float[Tensor, " T"]
     """[T] log-probabilities of the distribution that the sampler drew from, nats."""
+    values: Float[Tensor, " T"] | None
+    """[T] V(s_t) as the sampler saw it, in units of return; None where the critic has a trunk of its own."""
     stop: Stop
     """How it ended."""
     text: str
@@ -94,6 +96,7 @@ def collect(
             group=group,
             ids=answer.ids,
             sampler_logp=answer.logp,
+            values=answer.values,
             stop=answer.stop,
             text=text,
             score=scores.total[b],

@@ -11,10 +11,10 @@ import torch
 from bridle.language.causal import CausalModel
 from bridle.language.collect import Decode, Episode, PromptTokens, collect
 from bridle.language.policy import LanguagePolicy
-from bridle.language.prepare import read
+from bridle.language.prepare import look
 from bridle.language.sampler import Sampler, SamplingSettings, Stop
 from bridle.language.scorers import Answers, Scorer, Scores
-from bridle.language.segments import Segments, pad_flat
+from bridle.language.segments import Segments
 
 __all__ = ["Assessment", "WithGold", "assess", "distinct_n", "mean_and_half_width"]
 
@@ -122,14 +122,13 @@ def assess(
         step=0,
     )
     segments = Segments.of([e.prompt.ids for e in episodes], [e.ids for e in episodes])
-    reading = read(policy, reference, segments, budget=micro_batch_tokens)
-    exact, _ = pad_flat(reading.exact_kl, segments.sizes)
-    sampled, _ = pad_flat(reading.logp - reading.ref_logp, segments.sizes)
+    seen = look(policy, reference, segments, torch.arange(len(segments)), budget=micro_batch_tokens)
+    exact, own, theirs = (seen.per_answer(name, segments.sizes) for name in ("exact_kl", "logp", "ref_logp"))
     return Assessment(
         episodes=tuple(episodes),
-        exact_kl=tuple(exact.sum(dim=1).tolist()),
-        sampled_kl=tuple(sampled.sum(dim=1).tolist()),
-        entropy=float(reading.entropy.mean()),
+        exact_kl=tuple(exact.tolist()),
+        sampled_kl=tuple((own - theirs).tolist()),
+        entropy=float(seen.entropy.mean()),
     )
 
 

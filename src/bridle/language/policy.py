@@ -92,16 +92,28 @@ class LanguagePolicy(nn.Module, OnePass):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def forward(self, units: Units, *, last_value: bool = False) -> Evaluation:
-        """Evaluate the actions of ``units``; with ``last_value`` also V of the state after each segment's last action."""
+    def forward(self, units: Units) -> Evaluation:
+        """Evaluate the actions of ``units``."""
         segments = cast("Segments", units)
         place = layout(segments, self.device)
         with self.computing():
             states = self.actor.states(place.input_ids, place.rows, place.columns)
             logp, entropy = self.actor.logprobs(states.features, place.targets, temperature=self.temperature)
-            values, last = self._values(place, states.hidden, last_value=last_value)
+            values = self._values(place, states.hidden)
             exact_kl = self._exact_kl(segments, place, states.features)
-        return Evaluation(logp=logp, entropy=entropy, value=values, exact_kl=exact_kl, last_value=last)
+        return Evaluation(logp=logp, entropy=entropy, value=values, exact_kl=exact_kl)
+
+    def values(self, segments: Segments) -> tuple[Float[Tensor, " n"], Float[Tensor, " U"]]:
+        """V(s_t) of every action, and V of the state after each segment's last one; no vocabulary is projected on."""
+        place = layout(segments, self.device)
+        rows = torch.cat([place.rows, torch.arange(len(segments), device=self.device)])
+        columns = torch.cat([place.columns, place.last])
+        with self.computing():
+            if isinstance(self.critic, Critic):
+                found = self.critic(place.input_ids)[rows, columns]
+            else:
+                found = head_values(self.critic, self.actor.states(place.input_ids, rows, columns).hidden)
+        return found[: len(place.rows)], found[len(place.rows) :]
 
     def differentiate(self, units: Units, slopes: Weighed) -> Seen:
         """Evaluate the actions of ``units`` and take their slopes back to the weights: first the actor, then the critic.
@@ -119,14 +131,13 @@ class LanguagePolicy(nn.Module, OnePass):
             states = self.actor.states(place.input_ids, place.rows, place.columns)
             values = states.hidden.new_zeros(len(place.rows), dtype=torch.float32)
             if not own:
-                values, _ = self._values(place, states.hidden, last_value=False)
+                values = self._values(place, states.hidden)
         seen, hidden_slope, value_slope = self._actor_slopes(segments, place, states.features, values.detach(), slopes)
         _pull_back((states.features, hidden_slope), (values, value_slope))
         if not own:
             return seen
-        del states
         with self.computing():
-            values, _ = self._values(place, values, last_value=False)
+            values = self._values(place, states.hidden)
         seen = replace(seen, value=values.detach())
         _pull_back((values, slopes(seen, slice(None)).value))
         return seen
@@ -156,17 +167,11 @@ class LanguagePolicy(nn.Module, OnePass):
         given = [slope for slope in found if slope is not None]
         return seen, slope, torch.cat(given) if given else None
 
-    def _values(
-        self, place: Layout, hidden: Float[Tensor, "n D"], *, last_value: bool
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " U"] | None]:
-        everyone = torch.arange(len(place.last), device=place.last.device)
+    def _values(self, place: Layout, hidden: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+        """V from the actor's hidden states, or from the critic's own, which leave those unread."""
         if isinstance(self.critic, Critic):
-            table = self.critic(place.input_ids)
-            return table[place.rows, place.columns], table[everyone, place.last] if last_value else None
-        values = head_values(self.critic, hidden)
-        if not last_value:
-            return values, None
-        return values, head_values(self.critic, self.actor.states(place.input_ids, everyone, place.last).hidden)
+            return cast("Tensor", self.critic(place.input_ids)[place.rows, place.columns])
+        return head_values(self.critic, hidden)
 
     def _exact_kl(
         self, segments: Segments, place: Layout, features: Float[Tensor, "n F"]

@@ -10,31 +10,33 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bridle.language.collect import Episode
-from bridle.language.prepare import Prepared
+from bridle.language.prepare import Look, Prepared
 from bridle.language.sampler import Stop
 from bridle.language.segments import pad_flat
 from bridle.learn.record import UpdateStep, last_logp
 
 __all__ = ["rollout_metrics", "sample_rows"]
 
-Field = str | float | int | list[float] | list[int] | list[bool] | dict[str, float]
+Field = str | float | int | list[float] | list[int] | list[bool] | dict[str, float] | None
 
 
 def rollout_metrics(episodes: Sequence[Episode], prepared: Prepared, kl_coefficient: float) -> dict[str, float]:
     """Means over a rollout; KL, length and score per answer, everything else per token."""
     scores = torch.tensor([e.score for e in episodes], dtype=torch.float64)
     sizes = torch.tensor([len(e.ids) for e in episodes])
-    batch, reading = prepared.batch, prepared.reading
-    exact, _ = pad_flat(reading.exact_kl, sizes)
-    sampled, _ = pad_flat(reading.logp - reading.ref_logp, sizes)
+    batch, seen = prepared.batch, prepared.look
+    if batch.ref_logp is None:
+        sampled = seen.per_answer("logp", sizes) - seen.per_answer("ref_logp", sizes)
+    else:
+        sampled = pad_flat(batch.old_logp - batch.ref_logp, sizes)[0].sum(dim=1)
     metrics = {"score": float(scores.mean()), "score_std": float(scores.std(correction=0))}
     for name in episodes[0].components:
         metrics[f"score/{name}"] = sum(e.components[name] for e in episodes) / len(episodes)
     return metrics | {
-        "exact_kl": float(exact.sum(dim=1).mean()),
-        "sampled_kl": float(sampled.sum(dim=1).mean()),
+        "exact_kl": float(seen.per_answer("exact_kl", sizes).mean()),
+        "sampled_kl": float(sampled.mean()),
         "kl_coefficient": kl_coefficient,
-        "policy_entropy": float(reading.entropy.mean()),
+        "policy_entropy": float(seen.entropy.mean()),
         "length": float(sizes.double().mean()),
         "eos_share": sum(e.stop is Stop.EOS for e in episodes) / len(episodes),
         "score_length_correlation": _correlation(scores, sizes.double()),
@@ -60,16 +62,19 @@ def sample_rows(
 ) -> Iterator[dict[str, Field]]:
     """One row per answer: what was said, how it was scored, and each token's log-probs, KL, reward, value, advantage,
     ratio and whether the clip cut its gradient, both as the update's last look at the token saw them.
+
+    Entropy and exact KL (and the reference's log-probs, where no leash reads them) are None for an answer that was not
+    looked at over the whole vocabulary.
     """
-    batch, reading = prepared.batch, prepared.reading
+    batch, seen = prepared.batch, prepared.look
     new_logp = last_logp(steps, batch.old_logp)
     columns = {
         "sampler_logp": torch.cat([e.sampler_logp for e in episodes]),
         "old_logp": batch.old_logp,
         "new_logp": new_logp,
-        "ref_logp": reading.ref_logp,
-        "exact_kl": reading.exact_kl,
-        "entropy": reading.entropy,
+        "ref_logp": _spread(seen.ref_logp, seen, batch.old_logp) if batch.ref_logp is None else batch.ref_logp,
+        "exact_kl": _spread(seen.exact_kl, seen, batch.old_logp),
+        "entropy": _spread(seen.entropy, seen, batch.old_logp),
         "reward": prepared.rewards,
         "value": batch.old_value,
         "advantage": batch.advantages,
@@ -78,9 +83,12 @@ def sample_rows(
     }
     lists = {name: [float(f"{x:.6g}") for x in column.tolist()] for name, column in columns.items()}
     clipped = _ever_clipped(steps, batch.old_logp).tolist()
+    looked = set(seen.units.tolist())
+    partial = {"exact_kl", "entropy"} | ({"ref_logp"} if batch.ref_logp is None else set())
     start = 0
-    for e in episodes:
+    for u, e in enumerate(episodes):
         stop = start + len(e.ids)
+        unknown = partial if u not in looked else set()
         yield {
             "prompt": e.prompt.text,
             "answer": e.text,
@@ -90,10 +98,15 @@ def sample_rows(
             "stop": e.stop.value,
             "prompt_ids": e.prompt.ids.tolist(),
             "ids": e.ids.tolist(),
-            **{name: column[start:stop] for name, column in lists.items()},
+            **{name: None if name in unknown else column[start:stop] for name, column in lists.items()},
             "clipped": clipped[start:stop],
         }
         start = stop
+
+
+def _spread(values: Float[Tensor, " n"], seen: Look, like: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Lay what is known of some actions out over all of them, 0 elsewhere."""
+    return torch.zeros_like(like).index_copy(0, seen.actions.to(like.device), values.to(like.dtype))
 
 
 def _ever_clipped(steps: Sequence[UpdateStep], like: Float[Tensor, " N"]) -> Bool[Tensor, " N"]:

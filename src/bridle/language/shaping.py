@@ -32,6 +32,9 @@ class KLSettings:
     """Nats per answer that the coefficient is steered to; None keeps it fixed."""
     horizon: int = 10_000
     """Answers over which a KL twice off its target would change β by about 20 % (Ziegler et al. 2019, §2.2)."""
+    exact_share: float = 0.25
+    """Share of a step's answers, in (0, 1], whose KL and entropy are measured over the whole vocabulary and whose log-probs are
+    held against the sampler's. 1 costs one more forward pass of the actor and three vocabulary products a token."""
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work."""
@@ -44,8 +47,15 @@ class KLSettings:
             raise ConfigError.of("kl.coefficient", self.coefficient, "a finite number >= 0")
         if self.target is not None and (not self.target > 0 or self.where == "none" or self.coefficient == 0):
             raise ConfigError.of("kl.target", self.target, "a number > 0, a leash, and a starting coefficient > 0")
+        if not 0 < self.exact_share <= 1:
+            raise ConfigError.of("kl.exact_share", self.exact_share, "a share in (0, 1]")
         if self.horizon < 1:
             raise ConfigError.of("kl.horizon", self.horizon, "a number of answers >= 1")
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether the leash reads the reference's log-probability of every action."""
+        return self.where == "reward" or (self.where == "loss" and self.estimator in ("k2", "k3"))
 
     def controller(self) -> AdaptiveCoefficient | None:
         """The adaptive coefficient at its start; None if it is fixed."""

@@ -37,6 +37,7 @@ from bridle.learn.step import (
     add_loss,
     epoch_order,
     minibatches,
+    padding_share,
     require_finite,
 )
 
@@ -150,9 +151,19 @@ def update(
             batch, settings.minibatches, order=order, whiten_here=settings.whiten == "minibatch", per=settings.per
         )
         for number, (rows, units, part) in enumerate(parts):
+            budget = settings.micro_batch_tokens
+            padding = None if budget is None else padding_share(units.lengths, budget)
             try:
-                seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)
-                record = partial(UpdateStep, epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen)
+                seen = accumulate(policy, units, part, objective, micro_budget=budget)
+                record = partial(
+                    UpdateStep,
+                    epoch=epoch,
+                    minibatch=number,
+                    objective=objective,
+                    part=part,
+                    seen=seen,
+                    padding_share=padding,
+                )
                 if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
                     optimiser.zero_grad()
                     yield record(applied=False)

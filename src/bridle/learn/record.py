@@ -63,6 +63,8 @@ class UpdateStep:
     """The loss added from elsewhere, weighted as it was added (an SFT mix); 0 without one."""
     grad_norms: Mapping[str, float] = field(default_factory=dict)
     """L2 norm of each group's gradient before clipping; empty if not applied."""
+    padding_share: float | None = None
+    """Share of padding among the positions evaluated, in [0, 1); None where units are not cut into micro-batches."""
     trust_region: TrustRegion | None = None
     """The actor's step within its trust region; None for a step of the optimiser."""
 
@@ -156,6 +158,9 @@ def summarise(steps: Sequence[UpdateStep]) -> dict[str, float]:
     for name in {name: None for s in applied for name in s.grad_norms}:
         norms = [s.grad_norms[name] for s in applied if name in s.grad_norms]
         metrics[f"grad_norm/{name}"] = sum(norms) / len(norms)
+    padding = [s.padding_share for s in steps if s.padding_share is not None]
+    if padding:
+        metrics["padding_share"] = sum(padding) / len(padding)
     if first.trust_region is not None:
         metrics |= {f"trust_region/{name}": float(value) for name, value in asdict(first.trust_region).items()}
     gap = first.gap

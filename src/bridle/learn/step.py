@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol, Self
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -33,9 +34,13 @@ __all__ = [
     "epoch_order",
     "micro_batches",
     "minibatches",
+    "padding_share",
     "plain_vjp",
     "require_finite",
 ]
+
+_PASS_TOKENS = 256
+"""What a pass costs however little it reads, in tokens: some hundred calls, and every weight's gradient added to."""
 
 Averaging = Literal["action", "episode"]
 """Mean over all actions (long answers weigh more), or over episodes of each episode's mean (an action in a long
@@ -308,17 +313,35 @@ def epoch_order(units: int, *, seed: int, step: int, epoch: int) -> Int[Tensor, 
 def micro_batches(lengths: Int[Tensor, " M"], budget: int | None) -> list[Int[Tensor, " m"]]:
     """Positions 0 … M−1 grouped so that (units × longest unit) stays within ``budget``; None puts all in one group.
 
-    Units are sorted by length, so that padding stays small; a unit longer than the budget gets a group of its own.
+    Units are sorted by length and cut where it costs least: the sum over groups of units × longest unit, and for each group
+    what one more forward and backward pass costs, in tokens. So padding stays at a few per cent also where all would fit
+    in one group. A unit longer than the budget gets a group of its own.
     """
-    if budget is None or len(lengths) == 0 or int(lengths.max()) * len(lengths) <= budget:
-        return [torch.arange(len(lengths))]
+    count = len(lengths)
+    if budget is None or count == 0:
+        return [torch.arange(count)]
     order = torch.argsort(lengths, stable=True)
-    groups: list[list[int]] = [[]]
-    for position, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if groups[-1] and (len(groups[-1]) + 1) * length > budget:
-            groups.append([])
-        groups[-1].append(position)
-    return [torch.tensor(group) for group in groups]
+    sizes = lengths[order].numpy().astype(np.int64)
+    if sizes[0] == sizes[-1] and sizes[0] * count <= budget:
+        return [torch.arange(count)]
+    best, back = np.zeros(count + 1, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    low = 0
+    for last, longest in enumerate(sizes):  # the group that ends here begins at ``low`` at the earliest
+        low = max(low, last + 1 - max(1, int(budget // longest)))
+        costs = best[low : last + 1] + np.arange(last + 1 - low, 0, -1) * longest + _PASS_TOKENS
+        back[last] = low + int(costs.argmin())
+        best[last + 1] = costs.min()
+    groups, end = [], count
+    while end > 0:
+        groups.append(order[back[end - 1] : end])
+        end = int(back[end - 1])
+    return groups[::-1]
+
+
+def padding_share(lengths: Int[Tensor, " M"], budget: int | None) -> float:
+    """Share of padding among the positions that :func:`micro_batches` of these units have evaluated, in [0, 1)."""
+    laid_out = sum(len(group) * int(lengths[group].max()) for group in micro_batches(lengths, budget))
+    return 1.0 - int(lengths.sum()) / laid_out if laid_out else 0.0
 
 
 def action_weights(episode: Int[Tensor, " n"], per: Averaging) -> Float[Tensor, " n"]:
