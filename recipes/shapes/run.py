@@ -129,8 +129,11 @@ def ppo_figures(run: Run) -> Figures:
         "held_out_score_after": scores[-1],
         "held_out_exact_kl": kls[-1],
         "explained_variance_last": _column(run, "explained_variance")[-1],
-        "answer_tokens_per_second_collecting": _rate(run, "collect_seconds"),
-        "answer_tokens_per_second": _rate(run, "collect_seconds", "prepare_seconds", "update_seconds"),
+        "answer_tokens_per_second_collecting": _rate(run, "generation_seconds", "scoring_seconds"),
+        "answer_tokens_per_second": _rate(
+            run,
+            *(f"{part}_seconds" for part in ("generation", "scoring", "look", "values", "reference", "training")),
+        ),
     }
 
 

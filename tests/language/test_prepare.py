@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridle.core.moments import Moments
-from bridle.errors import ConfigError, SamplerMismatch
+from bridle.errors import ConfigError, NonFiniteStep, SamplerMismatch
 from bridle.language.causal import CausalModel
 from bridle.language.collect import Episode, PromptTokens, collect, prompts_of_step
 from bridle.language.policy import LanguagePolicy, critic_from_actor, value_head
@@ -231,7 +231,7 @@ def test_log_probs_that_are_not_numbers_stop_the_run() -> None:
     episodes = rollout(policy)
     with torch.no_grad():
         policy.actor.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(SamplerMismatch):
+    with pytest.raises(NonFiniteStep, match="the policy's log-probability"):
         prepared(policy, reference, episodes)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +14,16 @@ from torch import Tensor
 from bridle.core.divergence import AdaptiveCoefficient
 from bridle.core.moments import Moments
 from bridle.errors import ConfigError, DataError, NonFiniteStep
+from bridle.jobs.accounts import Accounts, TimedScorer
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence, skipped
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
 from bridle.jobs.sources import LANGUAGE, of_data, of_functions, of_model
+from bridle.language.account import resident_memory
 from bridle.language.collect import Episode, PromptTokens, collect, prompts_of_step
 from bridle.language.data import DataSettings
 from bridle.language.evaluate import WithGold, assess
 from bridle.language.evidence import segments_to
+from bridle.language.memory import MemoryEstimate, estimate_memory, require_memory
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
 from bridle.language.prompts import DemonstrationMix, MixSettings, load_mix, load_prompts
@@ -30,7 +31,15 @@ from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.sampler import SamplingSettings
 from bridle.language.sampler.serving import SamplerKind
-from bridle.language.scorers import RewardSettings, Scorer, build_scorer, gold_scorers, require_room
+from bridle.language.scorers import (
+    RewardModelScorer,
+    RewardSettings,
+    Scorer,
+    WeightedSum,
+    build_scorer,
+    gold_scorers,
+    require_room,
+)
 from bridle.language.segments import Segments
 from bridle.language.shaping import KLSettings, ShapingSettings
 from bridle.learn import ppo
@@ -43,8 +52,6 @@ from bridle.runs.checkpoints import load_tensors, save_tensors
 from bridle.runs.depends import Sources
 
 __all__ = ["EvaluationSettings", "PPOConfig", "open_prompts", "run"]
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +160,14 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
             _evaluate(config, world, session, 0)
         with session.progress(config.steps, "ppo", start=session.start) as progress:
             for step in session.steps(config.steps):
-                clock = _Clock()
+                account, critic_only = world.accounts.step(world.scorer), step <= config.critic.warmup_steps
                 optimiser.schedule(step - 1)
-                episodes = clock.lap("collect", _collect(config, world, session.seed, step))
+                episodes = account.lap("collect", _collect(config, world, session.seed, step))
                 try:
-                    prepared = clock.lap("prepare", _prepare(config, world, state, episodes))
+                    prepared = account.lap("prepare", _prepare(config, world, state, episodes))
                     _tell_gap(prepared, session, step)
                     took = _update(config, world, state, optimiser, prepared, session.seed, step)
-                    updates = clock.lap("update", took)
+                    updates = account.lap("training", took)
                 except NonFiniteStep as fault:
                     contain(session, step, fault, config, _kept(world, fault))
                     session.record(step, skipped(fault, optimiser.lrs))
@@ -169,7 +176,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                     metrics = rollout_metrics(episodes, prepared, state.kl_coefficient) | summarise(updates)
                     session.record(step, metrics | {f"lr/{name}": lr for name, lr in optimiser.lrs.items()})
                     session.run.samples(step, sample_rows(episodes, prepared, updates))
-                    session.run.timing(step, **clock.laps, tokens=len(prepared.batch))
+                    session.run.timing(step, **account.row(prepared, updates, critic_only=critic_only))
                     progress.advance(**_shown(metrics))
                     state = state.after(prepared, metrics["exact_kl"], len(episodes))
                 if step % config.evaluation.every == 0 or step == config.steps:
@@ -186,7 +193,8 @@ class _World:
     """Everything a run reads, opened and checked before anything is written."""
 
     roles: Roles
-    scorer: Scorer
+    accounts: Accounts
+    scorer: TimedScorer
     held_out_scorer: Scorer
     prompts: list[PromptTokens]
     held_out: list[PromptTokens]
@@ -213,6 +221,7 @@ def _sources(config: PPOConfig) -> Sources:
 
 
 def _open(config: PPOConfig) -> _World:
+    before = resident_memory()
     device = resolve_device(config.run.device)
     roles = open_roles(
         config.model,
@@ -230,16 +239,41 @@ def _open(config: PPOConfig) -> _World:
     longest = max(len(prompt.ids) for prompt in (*prompts, *held_out)) + config.sampling.max_new_tokens
     require_room(scorer, longest)
     mix = load_mix(config.mix, roles)
+    memory = _memory(config, roles, scorer, longest)
+    require_memory(memory, device)
     warnings = tuple(note for note in (roles.policy.actor.warning, roles.warning) if note is not None)
     return _World(
         roles=roles,
-        scorer=scorer,
+        accounts=Accounts(roles, compute_dtype=roles.policy.compute_dtype, before=before),
+        scorer=TimedScorer(scorer),
         held_out_scorer=WithGold(scorer, gold),
         prompts=prompts,
         held_out=held_out,
         mix=mix,
         decode=lambda ids: str(roles.tokenizer.decode(ids, skip_special_tokens=True)),
-        notes=(*tokenizer_notes(roles.tokenizer), *notes, *(() if mix is None else mix.notes), *warnings),
+        notes=(
+            *tokenizer_notes(roles.tokenizer),
+            *notes,
+            *(() if mix is None else mix.notes),
+            *warnings,
+            memory.sentence(),
+        ),
+    )
+
+
+def _memory(config: PPOConfig, roles: Roles, scorer: WeightedSum, longest: int) -> MemoryEstimate:
+    """What the run will hold, by its settings and the longest text that may come."""
+    judges = [judge.model for judge in scorer.scorers if isinstance(judge, RewardModelScorer)]
+    return estimate_memory(
+        roles.policy,
+        (roles.reference, *judges),
+        answers=config.prompts_per_step * config.answers_per_prompt,
+        minibatches=config.ppo.minibatches,
+        longest=longest,
+        answer_tokens=config.sampling.max_new_tokens,
+        rows=config.sampling.rows,
+        micro_batch_tokens=config.ppo.micro_batch_tokens,
+        keeps_features=config.objective.kl_loss == "exact" and roles.reference.fused,
     )
 
 
@@ -429,18 +463,3 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:
         "value_explained": metrics["explained_variance"],
         "length": metrics["length"],
     }
-
-
-class _Clock:
-    """Wall-clock seconds of each part of a step."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str, result: _T) -> _T:
-        """Note what has passed since the last lap, and hand ``result`` on."""
-        now = time.perf_counter()
-        self.laps[f"{name}_seconds"] = now - self._last
-        self._last = now
-        return result

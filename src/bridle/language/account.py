@@ -85,7 +85,7 @@ def product_rate(model: Any, dtype: torch.dtype, *, seconds: float = 0.1, rows: 
             torch.cuda.synchronize(weight.device)
         best = min(best, time.perf_counter() - start)
         count += 1
-    return 2.0 * rows * weight.numel() / best
+    return 2.0 * rows * int(weight.numel()) / best
 
 
 def resident_memory() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,10 @@ def estimate_memory(
     )
 
 
-def saved_per_token(backbone: Any, dtype: torch.dtype = torch.float32) -> int:
+def saved_per_token(backbone: Any, dtype: torch.dtype = torch.float32, *, recomputed: bool = False) -> int:
     """Bytes that autograd keeps of each token's forward pass, measured on a few; weights are not counted.
 
-    Tensors that share memory count once. A backbone that recomputes its layers also needs one layer's activations whole.
+    Tensors that share memory count once. Where layers are ``recomputed`` each keeps its input, and one its activations.
     """
     held: dict[int, int] = {}
     own = {t.untyped_storage().data_ptr() for t in (*backbone.parameters(), *backbone.buffers())}
@@ -119,21 +119,17 @@ def saved_per_token(backbone: Any, dtype: torch.dtype = torch.float32) -> int:
 
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=backbone.device)
     half = dtype != torch.float32
-    recomputes = bool(backbone.is_gradient_checkpointing)
-    if recomputes:
-        backbone.gradient_checkpointing_disable()
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
         torch.enable_grad(),
         torch.autocast(ids.device.type, dtype=dtype, enabled=half),
     ):
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    whole = sum(held.values()) // _PROBE_TOKENS
-    if not recomputes:
+    whole: int = sum(held.values()) // _PROBE_TOKENS
+    if not recomputed:
         return whole
-    backbone.gradient_checkpointing_enable()
     layers = int(backbone.config.get_text_config().num_hidden_layers)
-    return whole // layers + layers * int(hidden.shape[-1]) * hidden.element_size()
+    return whole // layers + layers * int(hidden.shape[-1]) * int(hidden.element_size())
 
 
 def require_memory(estimate: MemoryEstimate, device: torch.device) -> None:
@@ -170,7 +166,7 @@ def _generation(model: Any, rows: int, longest: int) -> int:
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     cache = 2 * int(config.num_hidden_layers) * heads * width * longest * 4
-    return rows * (2 * cache + 3 * model.get_output_embeddings().weight.shape[0] * 4)
+    return rows * (2 * cache + 3 * int(model.get_output_embeddings().weight.shape[0]) * 4)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
