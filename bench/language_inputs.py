@@ -105,10 +105,8 @@ def save_texts(place: Path, name: str, model: str, *, longest: int = 256) -> dic
     prompts: set[str] = set()
     demonstrations = []
     for text in texts:
-        ids = tokenizer(text[:1500]).input_ids[: longest - 1]
-        start = tokenizer.decode(ids[:PROMPT_TOKENS], skip_special_tokens=True)
-        rest = tokenizer.decode(ids[PROMPT_TOKENS:], skip_special_tokens=True)
-        if len(ids) > 2 * PROMPT_TOKENS and tokenizer(start).input_ids == ids[:PROMPT_TOKENS]:
+        start, rest = halves(tokenizer, name, text, longest - 1)
+        if rest and len(tokenizer(start).input_ids) == PROMPT_TOKENS:
             prompts.add(start)
             demonstrations.append({"prompt": start, "answer": rest, "completion": rest})
     rows = {
@@ -121,6 +119,18 @@ def save_texts(place: Path, name: str, model: str, *, longest: int = 256) -> dic
         files[kind] = str(place / name / f"{kind}.jsonl")
         Path(files[kind]).write_text("".join(json.dumps(row) + "\n" for row in found))
     return files
+
+
+def halves(tokenizer: Any, name: str, text: str, longest: int) -> tuple[str, str]:
+    """The first 32 tokens of a text, and what follows them, up to ``longest`` tokens in all."""
+    if name != "260K":
+        words = text.split()[:longest]
+        return " ".join(words[:PROMPT_TOKENS]), " ".join(words[PROMPT_TOKENS:])
+    ids = tokenizer(text[:1500]).input_ids[:longest]
+    start, rest = (
+        tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:])
+    )
+    return start, rest
 
 
 def pairs(tokenizer: Any, name: str, longest: int) -> list[dict[str, str]]:

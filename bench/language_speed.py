@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,14 @@ class Bench:
     pythons: dict[str, str]
     cores: list[int]
     before: list[str]
-    made: dict[str, tuple[dict[str, str], dict[str, str]]] = field(default_factory=dict)
 
     def inputs(self, name: str, **shape: int) -> tuple[dict[str, str], dict[str, str]]:
-        if name not in self.made:
+        noted = self.place / name / "inputs.json"
+        if not noted.is_file():
             models = save_models(self.place, name, random_llama(**shape))
-            self.made[name] = models, save_texts(self.place, name, models["model"])
-        return self.made[name]
+            noted.write_text(json.dumps([models, save_texts(self.place, name, models["model"])]))
+        models, texts = json.loads(noted.read_text())
+        return models, texts
 
     def told(self, part: Part, **shape: int) -> PPOWork | TuningWork:
         models, texts = self.inputs(part.model, **shape)
@@ -176,8 +177,8 @@ def summary(part: Part, answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a column of an iteration is the time of one of its parts."""
-    return name not in ("seconds", "cpu_seconds") and name.endswith(("_seconds", "_cpu"))
+    """Whether a column of an iteration is the time of one of its parts: processor's on TRL's side, both on Bridle's."""
+    return name.endswith(("_seconds", "_cpu")) and name != "cpu_seconds"
 
 
 def memory_of(found: dict[str, Any]) -> float:
@@ -220,10 +221,17 @@ def measure(name: str, part: Part, bench: Bench, rounds: int) -> dict[str, Any]:
             found = bench.answer(side, work)
             answers[side].append(found)
             show(name, side, summary(part, [found]))
+    found_sides = {side: summary(part, found) for side, found in answers.items() if found}
+    if part.model == "15M" and isinstance(work, PPOWork):
+        flops = training_flops(work, vocabulary=32_000, width=288, layers=6)
+        for side, found in found_sides.items():
+            if side != "bridle-trunk":  # which has one trunk to train
+                spent = next(found["parts"][key] for key in ("update_seconds", "train_cpu") if key in found["parts"])
+                found["training_gflops"] = flops / spent / 1e9
     told = {
         key: value for key, value in json.loads(work.text()).items() if key not in ("model", "data", "reward_model")
     }
-    return {"work": told, "sides": {side: summary(part, found) for side, found in answers.items() if found}}
+    return {"work": told, "sides": found_sides}
 
 
 def show(name: str, side: str, found: dict[str, Any]) -> None:
@@ -313,7 +321,7 @@ def main() -> None:
     given = parser.parse_args()
     pythons = {"bridle": sys.executable, **dict(item.split("=", 1) for item in given.peers)}
     with tempfile.TemporaryDirectory() as place:
-        bench = Bench(place=Path(place), pythons=pythons, cores=given.cores, before=given.before)
+        bench = Bench(place=given.inputs or Path(place), pythons=pythons, cores=given.cores, before=given.before)
         if given.short:
             short(bench)
             return
