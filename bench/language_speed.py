@@ -316,6 +316,7 @@ def main() -> None:
     parser.add_argument(
         "--before", type=shlex.split, default=[], help="command that starts each measurement, e.g. nice"
     )
+    parser.add_argument("--inputs", type=Path, help="folder that keeps models and texts between runs")
     parser.add_argument("--add", action="store_true", help="keep the sides measured before")
     parser.add_argument("--short", action="store_true", help="every kind of work once, tiny: writes nothing")
     given = parser.parse_args()
