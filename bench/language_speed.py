@@ -226,7 +226,7 @@ def measure(name: str, part: Part, bench: Bench, rounds: int) -> dict[str, Any]:
         flops = training_flops(work, vocabulary=32_000, width=288, layers=6)
         for side, found in found_sides.items():
             if side != "bridle-trunk":  # which has one trunk to train
-                spent = next(found["parts"][key] for key in ("update_seconds", "train_cpu") if key in found["parts"])
+                spent = next(found["parts"][key] for key in ("training_seconds", "train_cpu") if key in found["parts"])
                 found["training_gflops"] = flops / spent / 1e9
     told = {
         key: value for key, value in json.loads(work.text()).items() if key not in ("model", "data", "reward_model")
@@ -347,6 +347,7 @@ def main() -> None:
                     "--peers",
                     *(f"{s}=PYTHON" for s in used),
                 ]
+                shown += ["--iterations", str(given.iterations)] if given.iterations else []
                 keep(name, measure(name, part, bench, given.rounds), shown, add=given.add)
 
 
