@@ -321,6 +321,22 @@ def test_weights_that_are_not_numbers_are_named(tmp_path: Path, folder: Path) ->
         load_causal_lm(settings(copy))
 
 
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(self: object, name: str, **_: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no route. And more")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(ModelError, match="hub gives no model for it: no route; check the name and the connection"):
+        load_causal_lm(ModelSettings(path="nobody/nothing"))
+    with pytest.raises(ModelError, match="nobody/words is no folder here, and the hub gives no model"):
+        load_tokenizer(ModelSettings(path="nobody/nothing", tokenizer="nobody/words"))
+    assert asked == ["nobody/nothing", "nobody/words"]
+
+
 def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path) -> None:
     config = tiny_config("llama", vocab_size=BYTES, num_labels=3)
     with torch_rng(0, "test"):

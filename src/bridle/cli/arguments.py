@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from bridle.errors import ConfigError, UserError
+from bridle.errors import UserError
+from bridle.jobs.config import require_sane
 
 __all__ = ["Option", "first_look", "options_of", "parse"]
 
@@ -77,11 +77,7 @@ def parse(
         if not leave.code:
             raise
         raise _diagnose(config_class, arguments, program, complaint.getvalue(), leave) from None
-    for name, number in _numbers(config, ""):
-        if not math.isfinite(number):
-            raise ConfigError.of(
-                name, number, "a finite number", f"leave --{name.replace('_', '-')} out for its default"
-            )
+    require_sane(config)
     return config
 
 
@@ -96,18 +92,6 @@ def first_look(config_class: type[T], arguments: Sequence[str], *, positional: s
             return tyro.cli(config_class, args=list(arguments), return_unknown_args=True)[0]
     except SystemExit:
         return None  # the whole parse says what is wrong
-
-
-def _numbers(value: object, name: str) -> Iterator[tuple[str, float]]:
-    """List every float of the settings with its name: a comparison with NaN is never true, so range checks miss it."""
-    if isinstance(value, float):
-        yield name, value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _numbers(item, name)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _numbers(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
 
 
 def _diagnose(

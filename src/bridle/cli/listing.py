@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -31,7 +32,8 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
 
 def _numbers(record: JsonObject) -> str:
-    shown = [(name, value) for name, value in record.items() if isinstance(value, float)][:SHOWN]
+    shown = [(name, value) for name, value in record.items() if isinstance(value, float) and math.isfinite(value)]
+    shown = shown[:SHOWN]
     return "  ".join(f"{name} {value:.3g}" for name, value in shown)
 
 

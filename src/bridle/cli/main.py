@@ -143,7 +143,10 @@ def _call(command: JobCommand, run: Callable[[], Path]) -> None:
 @contextmanager
 def _finding_modules_here() -> Iterator[None]:
     """Let the user's environments and judges be imported from the working directory, which is looked at last."""
-    here = str(Path.cwd())
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError:
+        raise UserError("the working directory is no more; change to one that is there") from None
     sys.path.append(here)
     try:
         yield
@@ -181,14 +184,16 @@ def _resume(arguments: Sequence[str]) -> None:
     commands = [command for command in COMMANDS.values() if command.job == run.job]
     if not commands:
         raise RunError(f"{path} is a run of {run.job!r}, unknown to this bridle; use the version that wrote it")
-    from bridle.jobs.config import from_dict
+    from bridle.jobs.config import from_dict, require_sane
 
     config_class, job = commands[0].load()
     settings = run.config.get("run")
     if not isinstance(settings, dict):
         raise RunError(f"{path / 'config.json'} lacks the run's settings; restore it or start a new run")
     here = {**run.config, "run": {**settings, "dir": str(path)}}
-    _call(commands[0], partial(job, from_dict(config_class, here), resume=True, force=force))
+    config = from_dict(config_class, here)
+    require_sane(config)
+    _call(commands[0], partial(job, config, resume=True, force=force))
 
 
 def _runs(arguments: Sequence[str]) -> None:
@@ -248,7 +253,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 def _complain(text: str) -> None:
     """Print one line; what others' code has said may hold colours and other control characters, which are left out."""
-    plain = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).split())
+    whole = text.encode("utf-8", "backslashreplace").decode()  # an argument may hold bytes that are no text
+    plain = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", whole).split())
     print("bridle: " + "".join(character for character in plain if character.isprintable()), file=sys.stderr)
 
 
@@ -260,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BridleError as error:
         _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
+    except MemoryError as error:
+        _complain(f"out of memory: {str(error) or 'nothing is left'}; ask for less at once")
+        return 2
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "interrupted")
         return 130

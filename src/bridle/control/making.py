@@ -256,8 +256,9 @@ def _load_wrapper(name: str) -> Callable[[Any], Any]:
     module, _, attribute = name.partition(":")
     try:
         wrapper: object = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError.of("world.wrappers", name, "an importable module:Name", str(error)) from error
+    except (Exception, SystemExit) as error:  # a module runs the user's code when it is imported
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError.of("world.wrappers", name, "an importable module:Name", reason) from error
     if not callable(wrapper):
         raise ConfigError.of("world.wrappers", name, "something that can be called with an environment")
     return wrapper

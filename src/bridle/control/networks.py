@@ -214,10 +214,15 @@ def _from_factory(name: str, observations: ObservationSpec, actions: ActionSpec)
     module, _, function = name.partition(":")
     try:
         build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError.of("factory", name, "an importable module:function", str(error)) from error
-    policy = build(observations, actions)
+    except (Exception, SystemExit) as error:  # a module runs the user's code when it is imported
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError.of("network.factory", name, "an importable module:function", reason) from error
+    try:
+        policy = build(observations, actions)
+    except (Exception, SystemExit) as error:
+        reason = f"it raised {type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError.of("network.factory", name, "a function of (observations, actions)", reason) from error
     if not isinstance(policy, ControlPolicy):
         expected = "a function that returns a bridle.control.ControlPolicy (ActorCritic takes any modules)"
-        raise ConfigError.of("factory", name, expected, f"it returned {type(policy).__name__}")
+        raise ConfigError.of("network.factory", name, expected, f"it returned {type(policy).__name__}")
     return policy

@@ -234,6 +234,8 @@ def single(raw: Any, part: Part) -> NDArray[Any]:
         raise ModelError(f"{named(part.path)} is missing or of no even shape; this policy sees it ({error})") from error
     if own.shape != part.shape:
         raise ModelError(f"{named(part.path)} of shape {own.shape}; this policy sees {part.shape}")
+    if own.dtype.kind not in "biuf":
+        raise ModelError(f"{named(part.path)} of type {own.dtype}; this policy sees numbers")
     return own
 
 

@@ -75,7 +75,10 @@ class Agent:
     def _act(
         self, observation: Any, mask: Any, state: torch.Tensor | None, draws: np.random.Generator | None
     ) -> tuple[Any, torch.Tensor | None]:
-        seen = self.observations.encode_each([observation])
+        with np.errstate(over="ignore"):  # beyond float32's range is infinite, and refused here
+            seen = self.observations.encode_each([observation])
+        if not bool(seen.vector.isfinite().all()):
+            raise ModelError("the observation is not finite in float32; no policy was trained on such a one")
         if mask is not None:
             seen = seen.with_mask(allowed(np.asarray(mask)[None], self.actions, "the environment"))
         device = next(self.policy.parameters()).device
@@ -154,8 +157,10 @@ def load_policy(
     settings = _network(_part(head, "network"))
     if settings.factory is not None and build is None:
         raise ModelError(f"{path} holds a policy built by {settings.factory}; pass that function as build=")
-    policy = build(observations, actions) if build else build_policy(observations, actions, settings, seed=0)
     tensors = _read_tensors(path / "policy.safetensors")
+    if build is None:
+        _check_widths(path, tensors, (observations.width, actions.width, *settings.hidden, settings.recurrent_width))
+    policy = build(observations, actions) if build else build_policy(observations, actions, settings, seed=0)
     weights = {name.removeprefix("policy/"): value for name, value in tensors.items() if name.startswith("policy/")}
     try:
         policy.load_state_dict(weights)
@@ -178,7 +183,7 @@ def _read_head(path: Path) -> dict[str, Any]:
         head = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; give the folder of a saved policy, such as RUN/policy") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ModelError(f"{path} is not a policy of format {FORMAT}; use the bridle that wrote it")
@@ -199,6 +204,15 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} is missing; the saved policy is not whole") from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def _check_widths(path: Path, tensors: Mapping[str, torch.Tensor], widths: tuple[int, ...]) -> None:
+    """Refuse a description of what its weights are far too few for, before memory is asked for it."""
+    held = max((tensor.numel() for tensor in tensors.values()), default=0)
+    if max(widths) > max(held, NetworkSettings().recurrent_width):
+        raise ModelError(
+            f"{path}: policy.json describes a width of {max(widths)}, and no weight is that large; it is damaged"
+        )
 
 
 def _network(data: Mapping[str, Any]) -> NetworkSettings:

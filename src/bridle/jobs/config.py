@@ -8,9 +8,10 @@ dataclasses of these.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -19,9 +20,12 @@ from typing import Any, TypeVar
 from bridle.errors import ConfigError
 from bridle.runs.files import Json
 
-__all__ = ["from_dict", "to_dict"]
+__all__ = ["from_dict", "require_sane", "to_dict"]
 
 T = TypeVar("T")
+
+LARGEST = 2**63 - 1
+"""No count, seed or size is larger: what computes with them holds 64 bits."""
 
 
 def to_dict(config: object) -> dict[str, Json]:
@@ -45,6 +49,33 @@ def _plain(value: object) -> Json:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     raise TypeError(f"a setting of type {type(value).__name__} cannot be kept in config.json")
+
+
+def require_sane(config: object) -> None:
+    """Refuse settings that hold a number which is not finite, or a whole one beyond 64 bits.
+
+    A comparison with NaN is never true, so range checks miss it. Raises :class:`ConfigError` naming the field.
+    """
+    for name, number in _numbers(config, ""):
+        option = f"leave --{name.replace('_', '-')} out for its default"
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError.of(name, number, "a finite number", option)
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise ConfigError(
+                f"{name} has {len(str(abs(number)))} digits: expected a whole number of 64 bits; {option}"
+            )
+
+
+def _numbers(value: object, name: str) -> Iterator[tuple[str, float | int]]:
+    """List every number of the settings with its name."""
+    if isinstance(value, float | int):
+        yield name, value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item, name)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Json]) -> T:
@@ -86,6 +117,9 @@ def _typed(kind: Any, value: Json, name: str) -> Any:
     if isinstance(kind, type) and _fits(kind, value):
         return _scalar(kind, value, name)
     expected = kind.__name__ if isinstance(kind, type) else str(kind)
+    if dataclasses.is_dataclass(kind):
+        names = ", ".join(field.name for field in dataclasses.fields(kind)[:3])
+        expected = f"a group of settings by name ({names}, …)"
     raise ConfigError.of(name, value, expected)
 
 
@@ -110,7 +144,10 @@ def _scalar(kind: type, value: Json, name: str) -> Any:
         return None
     if issubclass(kind, Enum) and value not in [member.value for member in kind]:
         raise ConfigError.of(name, value, "one of " + ", ".join(str(member.value) for member in kind))
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise ConfigError(f"{name}: expected a number that a float can hold") from None
 
 
 def _member(arguments: tuple[Any, ...], value: Json, name: str) -> Any:

@@ -34,7 +34,7 @@ from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import BoxActions
 from bridle.errors import ConfigError, NonFiniteStep, RunError, SamplerMismatch
-from bridle.jobs.config import from_dict, to_dict
+from bridle.jobs.config import from_dict, require_sane, to_dict
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence
 from bridle.jobs.learner import Learner
 from bridle.jobs.presets import KINDS, PRESETS, merged
@@ -428,10 +428,16 @@ def train(
     name = env if isinstance(env, str) else "given"
     if name == "given" and preset == "auto":
         preset = "none"
-    asked = json.loads(json.dumps(settings, default=str))
+    if isinstance(env, str) and not env:
+        raise ConfigError.of("env", env, "the id of an environment", "CartPole-v1, for instance")
+    try:
+        asked = json.loads(json.dumps(settings, default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"settings are names and plain values, groups of them mappings: {error}") from error
     world = from_dict(WorldSettings, asked["world"]) if isinstance(asked.get("world"), dict) else None
     start = to_dict(default_config(name, preset=preset, algorithm=asked.get("algorithm", "ppo"), world=world))
     config = from_dict(ControlConfig, merged(start, asked))
+    require_sane(config)
     path = run(config, resume=resume, force=force, world=None if isinstance(env, str) else env)
     own = None if config.network.factory is None else partial(build_policy, settings=config.network, seed=0)
     return load_policy(path / "policy", build=own)

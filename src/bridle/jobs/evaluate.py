@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -96,7 +97,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> Path:
     if resume:
         raise RunError("an evaluation is not resumed; run it again")
     folder = Path(config.target)
-    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+    if os.path.isfile(folder / "config.json") and (folder / "checkpoints").is_dir():  # no error for a name too long
         found = Run.open(folder)
         if found.job == "control":
             from bridle.jobs.play import judge_run
@@ -109,9 +110,9 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> Path:
         if found.job != "sft":
             raise RunError(f"{folder} is a run of {found.job}; evaluate a run of ppo, sft or train, or a model folder")
         return _language(config, str(newest_policy(found)), None)
-    if (folder / "policy.json").is_file():
+    if os.path.isfile(folder / "policy.json"):
         raise RunError(f"{folder} is an agent's policy without its run; evaluate the run: bridle evaluate RUN")
-    if not (folder / "config.json").is_file() and config.reward_model is None and not config.functions:
+    if not os.path.isfile(folder / "config.json") and config.reward_model is None and not config.functions:
         raise RunError(
             f"{config.target} is not a run, and judging a model needs --functions or --reward-model; "
             "`bridle runs` lists the runs there are"

@@ -143,6 +143,9 @@ def plan(config: RewardConfig, groups: Sequence[int], apart: Sequence[int]) -> l
     """
     everything = list(range(len(groups)))
     seed, evaluation = config.run.seed, config.evaluation
+    if evaluation.folds is not None and evaluation.folds > len(set(groups)):
+        expected = f"at most the {len(set(groups))} prompts of {config.data.path}"
+        raise ConfigError.of("evaluation.folds", evaluation.folds, expected)
     if evaluation.folds is not None:
         named = [(f"fold-{k}", *cut) for k, cut in enumerate(folds(groups, evaluation.folds, seed=seed))]
         named.append(("final", everything, []))

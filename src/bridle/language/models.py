@@ -105,6 +105,24 @@ def _one_line(source: str, what: str, remedy: str) -> Iterator[None]:
         raise ModelError(f"{what} {source} cannot be opened: {_reason(error)}; {remedy}") from error
 
 
+def _ask_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once whether there is such a model, unless it is here already or the hub is not to be asked.
+
+    Without a connection transformers would try for each of a dozen files, several times, for the better part of a minute.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE:
+        return  # transformers says at once what is missing
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            HfApi().model_info(name, revision=revision, timeout=10)
+    except Exception as error:  # of the name, the answer or the connection
+        raise ModelError(
+            f"{name} is no folder here, and the hub gives no model for it: {_reason(error)}; check the name and the connection"
+        ) from error
+
+
 def _reason(error: Exception) -> str:
     """The first sentence of what a library says, which is the one about this folder."""
     text = " ".join(str(error).split()).partition(". ")[0].rstrip(".")[:300]
@@ -142,6 +160,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{source} holds no tokenizer (no tokenizer.json); name one with --model.tokenizer FOLDER")
     revision = settings.revision if settings.tokenizer is None else None
+    if folder is None and settings.tokenizer is not None:
+        _ask_hub(source, revision)
     with _one_line(source, "tokenizer", "name another with --model.tokenizer FOLDER"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder or source), revision=revision, trust_remote_code=False)
     if settings.pad_token is not None:
@@ -187,6 +207,7 @@ def _checked(settings: ModelSettings) -> str:
     """Return the folder or hub name to load from; refuse a folder without configuration or safetensors weights."""
     folder = _local(settings.path, "model")
     if folder is None:
+        _ask_hub(settings.path, settings.revision)
         return settings.path
     check_folder(folder)
     from transformers import AutoConfig

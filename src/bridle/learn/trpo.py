@@ -113,6 +113,12 @@ def update(
         NonFiniteStep: the surrogate's gradient or a value loss is not finite; that step was not applied.
     """
     actor = list(policy.actor_parameters().values())
+    still = [name for name, parameter in policy.actor_parameters().items() if not parameter.requires_grad]
+    if still:
+        raise ConfigError(
+            f"{still[0]} of the actor is frozen (requires_grad is False), and TRPO moves the actor as a whole; "
+            "unfreeze it, leave it out of the module, or take algorithm ppo"
+        )
     moved = {id(parameter) for group in optimiser.groups for parameter in group.parameters.values()}
     if moved & {id(parameter) for parameter in actor}:
         raise ValueError("the optimiser holds a parameter of the actor, which moves by the trust region alone")

@@ -130,6 +130,10 @@ def verify(checkpoint: Checkpoint) -> None:
         raise RunError(f"{checkpoint.path / MANIFEST} lists no files; the checkpoint is damaged")
     for name, entry in files.items():
         path = checkpoint.path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise RunError(
+                f"{checkpoint.path / MANIFEST} names {name!r}, which lies outside; the checkpoint is damaged"
+            )
         if not path.is_file():
             raise RunError(f"{path} is missing; the checkpoint is damaged")
         if not isinstance(entry, dict) or entry.get("size") != path.stat().st_size:

@@ -133,19 +133,24 @@ class Run:
         """
         path = Path(path)
         remedy = "pass --run.dir another path"
-        if (path / "config.json").is_file():
-            remedy += f" or `bridle resume {path}`"
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file, not a directory; pass --run.dir another path")
-        if path.is_dir() and not _is_bare(path):
-            raise RunError(f"{path} is not empty; {remedy}")
         try:
+            if ".." in path.parts:  # nowhere/../taken is not there as long as nowhere is not
+                path = path.resolve()
+            if (path / "config.json").is_file():
+                remedy += f" or `bridle resume {path}`"
+            if path.exists() and not path.is_dir():
+                raise RunError(f"{path} is a file, not a directory; pass --run.dir another path")
+            if path.is_dir() and not _is_bare(path):
+                raise RunError(f"{path} is not empty; {remedy}")
             path.mkdir(parents=True, exist_ok=True)
             for name in _FOLDERS:
                 (path / name).mkdir(exist_ok=True)
             lock = _take_lock(path)
-        except OSError as error:
-            raise RunError(f"{path} cannot be written ({error.strerror}); pass --run.dir another path") from None
+        except (OSError, ValueError) as error:
+            if isinstance(error, RunError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RunError(f"{str(path)[:200]} cannot be written ({reason}); pass --run.dir another path") from None
         packages = ("bridle", "torch", "transformers", "gymnasium")
         versions: dict[str, Json] = {"python": platform.python_version()}
         versions |= {name: version_of(name) for name in packages}
@@ -163,6 +168,15 @@ class Run:
         Raises :class:`RunError` where there is no run, its config.json is damaged, or another process writes it.
         """
         path = Path(path)
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RunError(
+                f"{str(path)[:200]} cannot be reached ({reason}); `bridle runs` lists the runs there are"
+            ) from None
         if not path.is_dir():
             what = "is a file, not a run" if path.exists() else "does not exist"
             raise RunError(f"{path} {what}; `bridle runs` lists the runs there are")

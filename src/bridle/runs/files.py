@@ -124,7 +124,9 @@ def load_json(path: Path) -> Json:
         return _decode(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise RunError(f"{path} is missing; the run or checkpoint is not whole") from None
-    except ValueError as error:
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not valid JSON ({error}); restore it or start a new run") from None
 
 
@@ -156,12 +158,15 @@ def read_lines(path: Path, *, texts: bool = False) -> list[JsonObject]:
     """
     if not path.exists():
         return []
-    *complete, _ = path.read_bytes().split(b"\n")
+    try:
+        *complete, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); make it readable") from None
     rows: list[JsonObject] = []
     for number, line in enumerate(complete, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise RunError(f"{path} line {number} is damaged; delete that line to go on without it")

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridle.errors import ConfigError
 from bridle.language.sampler import Stop
 
-__all__ = ["JSON", "Answers", "Scorer", "Scores", "WeightedSum"]
+__all__ = ["JSON", "LARGEST_SCORE", "Answers", "Scorer", "Scores", "WeightedSum"]
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 """A value out of a data file's column."""
@@ -63,6 +63,10 @@ class Scores:
     """[B] the score of each answer, finite, in units of reward."""
     components: dict[str, list[float]]
     """judge's name → [B] its own score before weighing, for the record."""
+
+
+LARGEST_SCORE = 1e15
+"""Sums of squares of scores up to here stay finite in float32, in which rewards, values and advantages are computed."""
 
 
 class Scorer(Protocol):

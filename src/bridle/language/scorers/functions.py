@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from bridle.errors import ConfigError, ScorerError
-from bridle.language.scorers.answers import JSON, Answers, Scores
+from bridle.language.scorers.answers import JSON, LARGEST_SCORE, Answers, Scores
 
 __all__ = ["FunctionScorer", "GroupScorer", "centred_ranks", "load_function"]
 
@@ -197,11 +197,19 @@ def _number(spec: str, item: object, position: int) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ScorerError(f"{spec} returned {_shown(item)} for answer {position}; expected a finite number")
+    if abs(number) > LARGEST_SCORE:
+        raise ScorerError(
+            f"{spec} returned {_shown(item)} for answer {position}; expected a number from −{LARGEST_SCORE:g} to "
+            f"{LARGEST_SCORE:g}, beyond which float32 does not learn"
+        )
     return number
 
 
 def _shown(value: object) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # a user's class may fail to show itself
+        text = f"something whose repr raises {type(error).__name__}"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 

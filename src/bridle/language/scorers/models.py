@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["RewardModelScorer", "RewardSettings", "build_scorer", "gold_scorers", "require_room", "shares_ids"]
 
 
+LARGEST_WEIGHT = 1e3
+"""With the largest score, still far inside of float32."""
+
+
 class RewardModelScorer:
     """A sequence classifier with one output as a judge; it reads its score at each text's last token.
 
@@ -96,8 +100,13 @@ class RewardSettings:
             raise ConfigError(f"nobody judges the answers; {remedy}")
         if self.weights and len(self.weights) != self.judges:
             raise ConfigError.of("reward.weights", self.weights, f"one weight for each of {self.judges} judges")
-        if not all(math.isfinite(weight) for weight in self.weights):
-            raise ConfigError.of("reward.weights", self.weights, "finite numbers")
+        if not all(abs(weight) <= LARGEST_WEIGHT for weight in self.weights):
+            raise ConfigError.of(
+                "reward.weights", self.weights, f"numbers from −{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+            )
+        specs = (*self.functions, *self.groups, *self.rankings)
+        if len(set(specs)) < len(specs):
+            raise ConfigError.of("reward.functions", specs, "each judge once", "a weight makes one count more")
         if self.pad_token is not None and self.model is None:
             raise ConfigError.of("reward.pad_token", self.pad_token, "a reward model to use it", "set reward.model")
 
