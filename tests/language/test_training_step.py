@@ -20,14 +20,16 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def make_policy(
-    critic: str = "own", family: str = "llama", *, leashed: bool = False, **shape: object
+    critic: str = "own", family: str = "llama", *, leashed: bool = False, recompute: bool = False, **shape: object
 ) -> LanguagePolicy:
     actor = CausalModel(tiny_model(family, **shape))
     reference = CausalModel(tiny_model(family, seed=1, **shape)).requires_grad_(False)
     head = critic_from_actor(actor.model) if critic == "own" else value_head(actor.width)
     with torch.no_grad():
         (head.head if critic == "own" else head).weight.copy_(torch.linspace(-0.3, 0.3, actor.width)[None])
-    return LanguagePolicy(actor, head, temperature=0.8, reference=reference, leashed=leashed).eval()
+    return LanguagePolicy(
+        actor, head, temperature=0.8, reference=reference, leashed=leashed, recompute=recompute
+    ).eval()
 
 
 def some_segments() -> Segments:
@@ -147,3 +149,29 @@ def test_one_micro_batch_never_holds_the_logits_of_all_its_actions() -> None:
         patch.setattr("bridle.core._vocabulary._CHUNK_NUMBERS", 8 * 5000)
         accumulate(policy, segments, part, objective, micro_budget=None)
     assert 5000 * 16 <= seen.largest < 51 * 5000 / 2
+
+
+@pytest.mark.parametrize("critic", ["own", "trunk"])
+def test_recomputed_layers_give_the_same_gradient(critic: str) -> None:
+    segments, found, ran = some_segments(), [], []
+    objective = PPOObjective(settings=PPOSettings(), kl_coefficient=0.0, critic_only=False)
+    for recompute in (False, True):
+        policy = make_policy(critic, recompute=recompute, num_hidden_layers=4)
+        with torch.no_grad():
+            part = some_minibatch(int(segments.sizes.sum()), policy(segments).logp)
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        for layer in policy.actor.model.model.layers:
+            layer.mlp.register_forward_pre_hook(count)
+        accumulate(policy, segments, part, objective, micro_budget=None)
+        assert not any(module.training for module in policy.modules())
+        found.append(gradients(policy))
+        ran.append(calls)
+    assert ran == [4, 8]
+    assert found[0].keys() == found[1].keys()
+    for name, theirs in found[0].items():
+        torch.testing.assert_close(found[1][name], theirs, atol=1e-6 * float(theirs.abs().max()), rtol=1e-5, msg=name)

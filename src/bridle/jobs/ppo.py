@@ -104,6 +104,8 @@ class PPOConfig:
     """How credit is spread over an answer's tokens."""
     ppo: PPOSettings = field(default_factory=lambda: PPOSettings(micro_batch_tokens=16_384))
     """The clipped objective."""
+    recompute: bool = False
+    """Keep of each layer its input alone while training and run it again on the way back: less memory, a third more work."""
     actor: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-5))
     """How the actor is moved."""
     critic: CriticSettings = field(default_factory=CriticSettings)
@@ -231,6 +233,7 @@ def _open(config: PPOConfig) -> _World:
         device=device,
         compute_dtype=getattr(torch, config.run.dtype),
         leashed=config.objective.kl_loss == "exact",
+        recompute=config.recompute,
         sampler=config.sampler,
     )
     scorer = build_scorer(config.reward, roles.tokenizer, device=device)

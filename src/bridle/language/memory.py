@@ -85,9 +85,10 @@ def estimate_memory(
     tokens = -(-answers // minibatches) * longest
     if micro_batch_tokens is not None:
         tokens = max(min(tokens, micro_batch_tokens), longest)
-    per_token = saved_per_token(policy.actor.model.base_model, policy.compute_dtype)
+    per_token = saved_per_token(policy.actor.model.base_model, policy.compute_dtype, recomputed=policy.recompute)
     if isinstance(policy.critic, Critic):
-        per_token = max(per_token, saved_per_token(policy.critic.backbone, policy.compute_dtype))
+        own = saved_per_token(policy.critic.backbone, policy.compute_dtype, recomputed=policy.recompute)
+        per_token = max(per_token, own)
     head = policy.actor.model.get_output_embeddings().weight
     chunk = min(rows_per_chunk(None, head.shape[0]), tokens)
     blocks = (_BLOCKS + keeps_features) * chunk * head.shape[0] * 4
@@ -145,7 +146,7 @@ def require_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     largest = "ppo.micro_batch_tokens" if estimate.training >= estimate.generation else "sampling.rows"
     raise ConfigError(
         f"the run does not fit: {_size(needed)} more are needed and {_size(left)} are left on the {device.type} "
-        f"({estimate.sentence()}); lower {largest}, or set critic.source trunk"
+        f"({estimate.sentence()}); lower {largest}, set recompute, or set critic.source trunk"
     )
 
 

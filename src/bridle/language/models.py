@@ -30,6 +30,7 @@ __all__ = [
     "load_causal_lm",
     "load_reward_model",
     "load_tokenizer",
+    "recompute_layers",
     "save_model",
     "stop_ids",
     "tokenizer_notes",
@@ -351,6 +352,20 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Let a model in training mode keep each layer's input alone and run the layer again on the way back.
+
+    Raises ModelError for a family that transformers cannot do this for.
+    """
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )  # its older name
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"{type(model).__name__} cannot recompute its layers; leave recompute out") from error
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bridle.batch import Evaluation, Units
 from bridle.core.head import HeadAnswers, HeadSlopes
 from bridle.language.causal import CausalModel
+from bridle.language.models import recompute_layers
 from bridle.language.segments import Layout, Segments, layout
 from bridle.learn.step import OnePass, Seen, Weighed, plain_vjp
 
@@ -77,8 +78,12 @@ class LanguagePolicy(nn.Module, OnePass):
         reference: CausalModel | None,
         compute_dtype: torch.dtype = torch.float32,
         leashed: bool = False,
+        recompute: bool = False,
     ) -> None:
-        """``leashed`` says that every evaluation is to hold the exact KL, for a loss that reads it."""
+        """``leashed`` says that every evaluation is to hold the exact KL, for a loss that reads it.
+
+        With ``recompute`` a training step keeps each layer's input alone and runs the layer again on the way back.
+        """
         super().__init__()
         self.actor = actor
         self.critic = critic
@@ -86,6 +91,9 @@ class LanguagePolicy(nn.Module, OnePass):
         self.compute_dtype = compute_dtype
         self._reference = (reference,)
         self._leashed = leashed
+        self.recompute = recompute
+        for model in self._backbones() if recompute else ():
+            recompute_layers(model)
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +135,7 @@ class LanguagePolicy(nn.Module, OnePass):
         segments = cast("Segments", units)
         place = layout(segments, self.device)
         own = isinstance(self.critic, Critic)
-        with self.computing():
+        with self.computing(), self._recomputing():
             states = self.actor.states(place.input_ids, place.rows, place.columns)
             values = states.hidden.new_zeros(len(place.rows), dtype=torch.float32)
             if not own:
@@ -136,7 +144,7 @@ class LanguagePolicy(nn.Module, OnePass):
         _pull_back((states.features, hidden_slope), (values, value_slope))
         if not own:
             return seen
-        with self.computing():
+        with self.computing(), self._recomputing():
             values = self._values(place, states.hidden)
         seen = replace(seen, value=values.detach())
         _pull_back((values, slopes(seen, slice(None)).value))
@@ -198,6 +206,22 @@ class LanguagePolicy(nn.Module, OnePass):
         half = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=half):
             yield
+
+    def _backbones(self) -> list[PreTrainedModel]:
+        own = [self.critic.backbone] if isinstance(self.critic, Critic) else []
+        return [self.actor.model, *own]
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Let layers be run again on the way back, which transformers does in training mode alone; dropout is 0 there."""
+        models = self._backbones() if self.recompute else []
+        for model in models:
+            model.train()
+        try:
+            yield
+        finally:
+            for model in models:
+                model.eval()
 
     @contextmanager
     def frozen_actor(self) -> Iterator[None]:

@@ -105,6 +105,7 @@ def open_roles(
     device: torch.device,
     compute_dtype: torch.dtype,
     leashed: bool = False,
+    recompute: bool = False,
     sampler: SamplerKind = "auto",
 ) -> Roles:
     """Open the actor, copy the reference from it, and make the critic; ``judge`` is the reward model that scores, if one.
@@ -122,6 +123,7 @@ def open_roles(
         reference=reference,
         compute_dtype=compute_dtype,
         leashed=leashed,
+        recompute=recompute,
     ).eval()
     chosen, warning = choose_sampler(
         sampler,
