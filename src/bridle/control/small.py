@@ -59,7 +59,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         if not (self._by_hand(units.observations) and self._nets.learn):
             return plain_vjp(self, units)
         inputs, chosen = units.observations.vector.contiguous().numpy(), units.actions.numpy()
-        with torch.inference_mode():
+        with torch.no_grad():
             runs = self._nets.run(inputs)
         outputs, (values,) = [outputs for run in runs for outputs in run.outputs]
         log_std = self._log_std()
@@ -76,7 +76,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
                 to_actor, spread = found.gradient(logp, entropy)
                 self._spread(spread)
             left = [to_actor, to_critic]
-            with torch.inference_mode():
+            with torch.no_grad():
                 for run in runs:
                     run.pull_back([left.pop(0) for _ in run.outputs])
 
