@@ -59,7 +59,7 @@ SIGNATURES = {
     "core.moments": {
         "masked_mean": "x, mask=None, dim=None",
         "masked_var": "x, mask=None, dim=None",
-        "whiten": "x, mask=None, *, shift=True",
+        "whiten": "x, mask=None, *, dim=None, shift=True",
     },
     "core.diagnostics": {
         "clip_fraction": "ratio, advantages, *, clip, clip_high=None, mask=None",
