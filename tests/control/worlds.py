@@ -62,6 +62,16 @@ class Restless(Endless):
         return np.full(1, 1 / (1 + Restless.steps), np.float32), 1.0, False, False, {}
 
 
+class Generous(Endless):
+    """Shows always the same and gives more with every step that any of its kind has ever taken."""
+
+    steps = 0
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        Generous.steps += 1
+        return np.ones(1, np.float32), float(Generous.steps), False, False, {}
+
+
 class Faulty(Endless):
     """Goes wrong at its third step in the way it is told to."""
 
@@ -259,6 +269,7 @@ WORLDS: dict[str, dict[str, Any]] = {
     "Counter-v0": {"entry_point": Counter},
     "Endless-v0": {"entry_point": Endless, "max_episode_steps": 4},
     "Restless-v0": {"entry_point": Restless, "max_episode_steps": 5},
+    "Generous-v0": {"entry_point": Generous, "max_episode_steps": 4},
     "NeverCut-v0": {"entry_point": Endless},
     "Raises-v0": {"entry_point": Faulty, "kwargs": {"fault": "raises"}},
     "NaN-v0": {"entry_point": Faulty, "kwargs": {"fault": "nan_observation"}},

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,30 @@ def test_an_environment_that_its_seed_does_not_determine_is_named_and_forced(tmp
     run(config, resume=True, force=True)
     (event,) = [event for event in Run.open(tmp_path / "run").events() if event["kind"] == "forced"]
     assert str(event["text"]).endswith("its episodes start anew")
+
+
+def test_an_environment_whose_rewards_alone_differ_is_found_out(tmp_path: Path) -> None:
+    """Every checkpoint lies at the end of all episodes: what was earned in those before tells."""
+    config = small(tmp_path / "run", env="BridleTest/Generous-v0", total_steps=256, restart_every=0)
+    run(config)
+    forget_after(tmp_path / "run", 3)
+    with pytest.raises(RunError, match=r"Generous-v0: the same seed and actions lead elsewhere"):
+        run(config, resume=True)
+
+
+def test_a_class_of_a_notebook_has_no_source_file_and_is_taken_all_the_same() -> None:
+    """Asked for its file, Python raises OSError there: a notebook is a __main__ without one."""
+    command = (
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control.cartpole import CartPoleEnv\n"
+        "from bridle.control.making import WorldSettings\n"
+        "from bridle.jobs.sources import of_world\n"
+        "class Mine(CartPoleEnv): pass\n"
+        "gymnasium.register('Mine-v0', entry_point=Mine)\n"
+        "assert of_world('Mine-v0', WorldSettings(), None).files == {}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_vector_environment_that_is_also_judged_in_resumes_exactly(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from bridle.cli.main import main
 from bridle.errors import TrainingError
@@ -233,3 +234,15 @@ def test_a_replay_that_finds_nothing_says_so(world: Path, tmp_path: Path, capsys
     assert main(["replay", str(folder)]) == 2
     assert "is not a fault" in capsys.readouterr().err
     assert main(["replay", str(tmp_path / "nowhere")]) == 2
+
+
+def test_evidence_that_does_not_fit_on_the_disk_hides_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("bridle.jobs.faults.save_tensors", full)
+    with pytest.raises(TrainingError, match=r"the loss is not finite.*evidence could not be kept \(.*No space left"):
+        sft.run(sft_config(world, tmp_path / "run", optim=WILD))
+    assert [path.name for path in (tmp_path / "run/faults").iterdir()] == []

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -419,3 +420,57 @@ def test_a_second_signal_in_the_middle_of_a_checkpoint_leaves_the_one_before(tmp
     assert [path.name for path in (config.run.dir / "checkpoints").iterdir()] == ["step-4"]
     toy(config, resume=True)
     assert Run.open(config.run.dir).state() is RunState.FINISHED
+
+
+def test_what_is_forced_is_said_of_the_step_that_the_run_goes_on_after(tmp_path: Path) -> None:
+    def crash(step: int, _: Session) -> None:
+        if step == 7:
+            raise ZeroDivisionError
+
+    config = ToyConfig(run=settings(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        toy(config, at=crash)
+    toy(replace(config, rate=0.25), resume=True, force=True)
+    head = load_json(config.run.dir / "config.json")
+    assert isinstance(head, dict)
+    (lineage,) = head["lineage"]  # type: ignore[misc]
+    assert lineage["after_step"] == 4  # type: ignore[index,call-overload]
+
+
+def test_a_checkpoint_that_cannot_be_read_here_is_refused_before_config_json_changes(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    manifest = config.run.dir / "checkpoints/step-6/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    before = (config.run.dir / "config.json").read_bytes()
+    with pytest.raises(RunError, match="use a newer bridle"):
+        toy(replace(config, rate=0.25), resume=True, force=True)
+    assert (config.run.dir / "config.json").read_bytes() == before
+
+
+def test_a_setting_that_newer_code_has_brought_is_not_blamed_on_the_user(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    head = load_json(config.run.dir / "config.json")
+    assert isinstance(head, dict)
+    for name in ("config", "resolved"):
+        del head[name]["run"]["on_fault"]  # type: ignore[index,call-overload,union-attr]
+    head["depends"]["code"]["bridle"] = "0.0.1"  # type: ignore[index,call-overload]
+    save_json(config.run.dir / "config.json", head)
+    with pytest.raises(RunError, match=r"^bridle is .* and was 0\.0\.1 when .*; pip install bridle==0\.0\.1, or"):
+        toy(config, resume=True)
+
+
+def test_ctrl_c_that_ends_the_reader_of_its_lines_too_still_finishes_the_step_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``bridle … 2>&1 | tee log``: the signal goes to both, and the reader is gone first."""
+    receiver, sender = os.pipe()
+    lines = os.fdopen(sender, "w", buffering=1)
+    os.close(receiver)
+    monkeypatch.setattr("sys.stderr", lines)
+    config = ToyConfig(run=settings(tmp_path, quiet=False))
+    with pytest.raises(Stopped):
+        toy(config, at=interrupt(3))
+    monkeypatch.undo()
+    with suppress(BrokenPipeError):  # of what was still to be written
+        lines.close()
+    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [3]

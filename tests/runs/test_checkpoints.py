@@ -326,3 +326,44 @@ def test_a_beginning_that_died_at_once_is_begun_again(tmp_path: Path) -> None:
     (tmp_path / "other" / "samples" / "mine.txt").write_text("mine")
     with pytest.raises(RunError, match="is not empty"):
         Run.create(tmp_path / "other", "toy", {})
+
+
+def test_lines_that_a_power_cut_tore_at_once_are_all_dropped_before_it_is_said(run: Run) -> None:
+    run.event("start", "started")
+    run.record(1, {"loss": 0.5})
+    run.close()
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (run.path / name).open("ab") as file:
+            file.write(b'{"step": 2, "l')
+    Run.open(run.path, write=True).close()
+    assert [row["step"] for row in run.metrics()] == [1]
+    texts = [event["text"] for event in run.events()]
+    assert texts == ["started", *(f"dropped a torn last line of {name}.jsonl" for name in ("metrics", "events"))]
+
+
+def test_a_run_that_cannot_be_taken_up_is_let_go_of(run: Run) -> None:
+    run.record(1, {"loss": 0.5})
+    run.close()
+    whole = (run.path / "metrics.jsonl").read_bytes()
+    (run.path / "metrics.jsonl").write_bytes(b"rubbish\n")
+    with pytest.raises(RunError, match="line 1 is damaged"):
+        Run.open(run.path, write=True)
+    (run.path / "metrics.jsonl").write_bytes(whole)
+    Run.open(run.path, write=True).close()
+
+
+def test_a_system_that_refuses_to_prune_or_rewind_is_quoted_in_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        run.record(step, {"loss": 0.5})
+        save(run, step)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    for act in (lambda: run.prune(1), lambda: run.rewind(1)):
+        with pytest.raises(RunError, match=r"cannot be written \(Read-only file system\)"):
+            act()
+    assert [c.step for c in run.checkpoints()] == [1, 2]

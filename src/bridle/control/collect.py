@@ -143,6 +143,7 @@ class Collector:
         self._restarted = 0
         self._played: list[NDArray[Any]] = []
         self._recall: Recall | None = None
+        self._earned = np.zeros(world.num_envs)
         self._returns = np.zeros(world.num_envs)
         self._lengths = np.zeros(world.num_envs, dtype=np.int64)
 
@@ -154,6 +155,7 @@ class Collector:
         self._restarted = step
         self._played = []
         self._recall = None
+        self._earned[:] = 0
         self._returns[:] = 0
         self._lengths[:] = 0
 
@@ -171,7 +173,7 @@ class Collector:
         """Return what :meth:`replay` needs: the last restart, the actions since, and what came of them; empty if idle."""
         if self._observations is None:
             return {}
-        kept = {"restarted": torch.tensor(self._restarted), **_shown(self._observations)}
+        kept = {"restarted": torch.tensor(self._restarted), **self._outcome(self._observations)}
         if self._played:
             kept["actions"] = torch.from_numpy(np.concatenate(self._played))
         if self._recall is not None and self._recall.state is not None:
@@ -196,7 +198,11 @@ class Collector:
             self._recall = Recall(policy, self.world.num_envs)
             self._recall.state = kept["memory"].to(self._device)
         assert self._observations is not None
-        return all(torch.equal(value, kept[name]) for name, value in _shown(self._observations).items())
+        return all(torch.equal(value, kept[name]) for name, value in self._outcome(self._observations).items())
+
+    def _outcome(self, observations: Observations) -> dict[str, Tensor]:
+        """Name what came of the actions since the restart: what the environments show, and all that they gave."""
+        return _shown(observations) | {"rewards": torch.from_numpy(self._earned + self._returns)}
 
     @torch.no_grad()
     def collect(self, policy: ControlPolicy, moments: Moments | None, *, seed: int, step: int) -> Rollout:
@@ -254,6 +260,7 @@ class Collector:
         for i in np.flatnonzero(taken.over):
             stop = Stop.TERMINATED if taken.terminated[i] else Stop.TRUNCATED
             ended.append(Episode(return_=float(self._returns[i]), length=int(self._lengths[i]), stop=stop))
+            self._earned[i] += self._returns[i]
             self._returns[i] = 0
             self._lengths[i] = 0
         return ended

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bridle.errors import NonFiniteStep, TrainingError
@@ -20,7 +20,7 @@ from bridle.jobs.session import Session
 from bridle.learn.a2c import A2CObjective
 from bridle.learn.ppo import PPOObjective
 from bridle.learn.step import Evidence, Minibatch, Objective
-from bridle.runs.checkpoints import save_json, save_tensors, whole_folder
+from bridle.runs.checkpoints import remove_folder, save_json, save_tensors, whole_folder
 from bridle.runs.files import Json
 
 __all__ = ["FORMAT", "Kept", "contain", "evidence_of", "minibatch_from", "of_evidence", "skipped"]
@@ -57,9 +57,9 @@ def contain(session: Session, step: int, fault: NonFiniteStep, config: object, k
             save_tensors(aside / "batch.safetensors", dict(kept.tensors))
             save_json(aside / "report.json", _report(session, step, fault, config, kept))
         where = f"kept in {folder}; look at it with: bridle replay {folder}"
-    except OSError as error:
-        where = f"its evidence could not be kept ({error.strerror})"
-    _prune(folder.parent)
+        _prune(folder.parent)
+    except (OSError, SafetensorError) as error:
+        where = f"its evidence could not be kept ({error})"
     skipped = session.skipped_before(step)
     limit = session.settings.fault_limit
     stop = session.settings.on_fault == "stop" or skipped >= limit
@@ -112,7 +112,7 @@ def _not_finite(tensor: Tensor) -> dict[str, Json] | None:
 def _prune(folder: Path) -> None:
     numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     for old in sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))[:-_FOLDERS]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def of_evidence(evidence: Evidence, units: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Json]]:

@@ -400,7 +400,7 @@ def _finish(world: World, learner: Learner, scores: dict[int, list[float]], sess
     summary["quality"] = to_dict(quality)
     if len(tried) > 1:
         summary["folds"] = [to_dict(_quality(world, scores, [phase])) for phase in tried]
-    save_json(session.run.path / "evaluation.json", summary)
+    session.run.summary("evaluation.json", summary)
     session.run.samples(final.last, _rows(world, scores, tried), name="held-out")
     with session.run.export("reward") as folder:
         save_model(folder, learner.model, learner.tokenizer)

@@ -297,6 +297,14 @@ class Session:
             self._restore.callback(signal.signal, number, signal.signal(number, ask))
 
 
+class _Console(Console):
+    """Falls silent where nobody reads any longer, as when Ctrl-C has ended what the lines were piped into."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on without a word: rich would leave the process, and the step would be neither finished nor saved."""
+        self.quiet = True
+
+
 def open_session(
     job: str,
     config: Any,
@@ -324,7 +332,7 @@ def open_session(
         ConfigError: the device or a tracker is not to be had.
     """
     device = resolve_device(settings.device)
-    console = Console(stderr=True, quiet=settings.quiet)
+    console = _Console(stderr=True, quiet=settings.quiet)
     threads = settings.threads or torch.get_num_threads()
     named = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     depends = take_stock(sources or Sources(files={}), device=named, threads=threads)
@@ -337,13 +345,18 @@ def open_session(
         run = Run.open(settings.dir, write=True)
     try:
         if resume:
-            _same_run(run, job, asked, resolved, depends, force=force, console=console)
+            changes = _changes(run, job, asked, resolved, depends, force=force)
             checkpoint = _go_back(run, console, force=force)
+            if changes:
+                run.go_on_as(asked, resolved, depends, changes)
+                text = "forced: from here on another run than it was, because " + "; ".join(changes)
+                run.event("forced", text, changes=changes)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
         return Session(
             run, settings, device=device, checkpoint=checkpoint, console=console, resumed=resume, force=force
         )
-    except UserError:
-        if not resume:
+    except BaseException as error:
+        if isinstance(error, UserError) and not resume:
             run.discard()
         run.close()
         raise
@@ -378,7 +391,7 @@ def _go_back(run: Run, console: Console, *, force: bool) -> Checkpoint | None:
     return checkpoint
 
 
-def _same_run(
+def _changes(
     run: Run,
     job: str,
     asked: Mapping[str, Json],
@@ -386,9 +399,8 @@ def _same_run(
     depends: Mapping[str, Json],
     *,
     force: bool,
-    console: Console,
-) -> None:
-    """Refuse to go on as another run, naming what differs; with ``force`` record it.
+) -> list[str]:
+    """Refuse to go on as another run, naming what differs; with ``force`` return it.
 
     Also where config.json was edited: what is resolved there must agree with what was asked for.
     """
@@ -398,23 +410,18 @@ def _same_run(
     changed = next(filter(None, (_first_difference(old, _essential(asked), "") for old in kept)), None)
     found = differences(run.depends, depends)
     forced = f"`bridle resume {run.path} --force`"
-    if not force and changed is not None:
-        raise RunError(
-            f"{changed} is not what {run.path} was started with; "
-            f"resume with its own settings or start a new run, or {forced}"
-        )
     if not force and found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise RunError(
             f"{found[0]} when {run.path} was started{more}, so it would not go on as the same run to the bit; "
             f"{found[0].remedy}, or {forced}"
         )
-    changes = [*([] if changed is None else [f"{changed} is another setting"]), *map(str, found)]
-    if changes:
-        run.go_on_as(asked, resolved, depends, changes)
-        text = "forced: from here on another run than it was, because " + "; ".join(changes)
-        run.event("forced", text, changes=changes)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if not force and changed is not None:
+        raise RunError(
+            f"{changed} is not what {run.path} was started with; "
+            f"resume with its own settings or start a new run, or {forced}"
+        )
+    return [*([] if changed is None else [f"{changed} is another setting"]), *map(str, found)]
 
 
 def _essential(config: Mapping[str, Json]) -> Mapping[str, Json]:

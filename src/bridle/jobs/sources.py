@@ -82,6 +82,6 @@ def _code(setting: str, made: Callable[..., object] | type[VectorEnv[object, obj
     """The source file of a class or function of the user's own."""
     try:
         path = inspect.getsourcefile(inspect.unwrap(made))
-    except TypeError:  # made in C, or an object that can be called
+    except (TypeError, OSError):  # made in C, an object that can be called, or a class of a notebook's own
         return {}
     return {} if path is None or not Path(path).is_file() else {setting: Path(path)}

@@ -199,17 +199,22 @@ class Run:
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}); make it writable, or copy it") from None
         run = cls(path, head, lock=lock)
-        with run._writing():
-            run._mend()
+        try:
+            with run._writing():
+                run._mend()
+        except RunError:
+            run.close()
+            raise
         return run
 
     def _mend(self) -> None:
         """Clear what a crash left half done."""
-        for folder in (self.path, self.path / "checkpoints", self.path / "samples"):
+        for folder in (self.path, *(self.path / name for name in _FOLDERS)):
             clear_leftovers(folder)
-        for name in (*_STREAMS, "events.jsonl"):
-            if drop_torn_line(self.path / name):
-                self.event("mended", f"dropped a torn last line of {name}")
+        # all of them first: a line appended to events.jsonl while that is torn would be lost with what was torn
+        torn = [name for name in (*_STREAMS, "events.jsonl") if drop_torn_line(self.path / name)]
+        for name in torn:
+            self.event("mended", f"dropped a torn last line of {name}")
         rows = self.metrics()
         self._last_step = _step_of(rows[-1]) if rows else -1
 
@@ -289,6 +294,11 @@ class Run:
         with self._writing():
             write_lines(self.path / "samples" / f"{name}-{step}.jsonl", rows, texts=True)
 
+    def summary(self, name: str, value: Json) -> None:
+        """Write what a finished run comes to as ``RUN/name``, one JSON value, whole."""
+        with self._writing():
+            save_json(self.path / name, value)
+
     # Reading
 
     def metrics(self) -> list[JsonObject]:
@@ -329,6 +339,7 @@ class Run:
             for name in _STREAMS:
                 if (self.path / name).exists():
                     sync(self.path / name)
+            sync(self.path)  # where they are listed
 
     @contextmanager
     def export(self, name: str) -> Iterator[Path]:
@@ -359,15 +370,21 @@ class Run:
 
     def prune(self, keep_last: int, *, keep: Collection[int] = ()) -> None:
         """Remove all checkpoints but the newest ``keep_last`` and the steps in ``keep``."""
-        for checkpoint in self.checkpoints()[:-keep_last] if keep_last > 0 else self.checkpoints():
-            if checkpoint.step not in keep:
-                remove_folder(checkpoint.path)
+        with self._writing():
+            for checkpoint in self.checkpoints()[:-keep_last] if keep_last > 0 else self.checkpoints():
+                if checkpoint.step not in keep:
+                    remove_folder(checkpoint.path)
 
     def rewind(self, step: int) -> None:
         """Forget what was recorded after ``step``, so that going on from its checkpoint leaves no duplicate and no gap.
 
         Metrics and timing are rewritten whole, later samples removed; later checkpoints move to ``faults/``.
         """
+        with self._writing():
+            self._forget_after(step)
+        self._last_step = step
+
+    def _forget_after(self, step: int) -> None:
         for name in _STREAMS:
             rows = read_lines(self.path / name)
             kept = [row for row in rows if _step_of(row) <= step]
@@ -382,7 +399,6 @@ class Run:
                 aside = self.path / "faults" / f"checkpoint-step-{checkpoint.step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 checkpoint.path.rename(aside)
-        self._last_step = step
 
 
 def _is_bare(path: Path) -> bool:
