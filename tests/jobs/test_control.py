@@ -72,6 +72,23 @@ def forget_after(path: Path, step: int) -> None:
     (path / "events.jsonl").write_text("".join(f"{line}\n" for line in events))
 
 
+def two_with_a_memory(path: Path) -> ControlConfig:
+    return small(
+        path,
+        algorithm="a2c",
+        network=NetworkSettings(hidden=(8,), recurrent="gru"),
+        world=WorldSettings(num_envs=2),
+        total_steps=8 * 32,
+        restart_every=3,
+        evaluation=EvaluationSettings(every=0, final_episodes=5),
+    )
+
+
+@pytest.fixture(scope="module")
+def gru(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(two_with_a_memory(tmp_path_factory.mktemp("gru") / "whole"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,6 +122,18 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, 
         "checkpoints/step-8/episodes.safetensors",
     ):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_memory_of_two_environments_resumes_exactly_wherever_its_checkpoint_laid_it(
+    tmp_path: Path, after: int, gru: Path
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(gru, cut)
+    forget_after(cut, after)
+    run(two_with_a_memory(cut), resume=True)
+    assert (cut / "metrics.jsonl").read_bytes() == (gru / "metrics.jsonl").read_bytes()
+    assert (cut / "policy/policy.safetensors").read_bytes() == (gru / "policy/policy.safetensors").read_bytes()
 
 
 def test_an_environment_that_its_seed_does_not_determine_is_named_and_forced(tmp_path: Path) -> None:

@@ -160,6 +160,21 @@ def test_tensors_come_back_bit_for_bit_tied_transposed_and_empty_ones_too(tmp_pa
     assert torch.equal(weight, torch.arange(12, dtype=torch.float32).reshape(3, 4))
 
 
+@pytest.mark.parametrize("length", range(1, 17))
+def test_tensors_that_are_read_lie_as_those_that_were_saved(tmp_path: Path, length: int) -> None:
+    """Where they did not, a product of them with a weight was rounded otherwise, and a resumed run another one."""
+    memory, weight, bias = (
+        torch.linspace(-1, 1, 16).view(2, 8),
+        torch.linspace(-1, 1, 64).view(8, 8).sin(),
+        torch.ones(8),
+    )
+    save_tensors(tmp_path / "a.safetensors", {"n" * length: torch.tensor(length), "z": memory})
+    read = load_tensors(tmp_path / "a.safetensors")["z"]
+    assert read.data_ptr() % 64 == memory.data_ptr() % 64 == 0
+    linear = torch.nn.functional.linear
+    assert torch.equal(linear(read, weight, bias), linear(memory, weight, bias))
+
+
 def test_missing_or_damaged_tensors_are_the_users_to_mend(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(RunError, match="is missing"):

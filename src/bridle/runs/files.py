@@ -42,6 +42,9 @@ Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 JsonObject = dict[str, Json]
 """A JSON object as read back."""
 
+_ALIGNMENT = 64
+"""Bytes: where PyTorch lays a tensor's memory, its address is a multiple of this."""
+
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -208,13 +211,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
-    """Read what :func:`save_tensors` wrote; raises :class:`RunError` where the file is missing or damaged."""
+    """Read what :func:`save_tensors` wrote; raises :class:`RunError` where the file is missing or damaged.
+
+    A file lays tensors at any multiple of 8 bytes, and a product of small matrices rounds otherwise where they do not
+    lie as PyTorch lays its own: those that do not are moved, so that a resumed run computes as the one that saved them.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path, device=device)
+        tensors = load_file(path, device=device)
     except FileNotFoundError:
         raise RunError(f"{path} is missing; the run or checkpoint is not whole") from None
     except SafetensorError as error:
         raise RunError(f"{path} is not a whole safetensors file ({error}); use an older checkpoint") from None
+    return {name: tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor for name, tensor in tensors.items()}
