@@ -20,7 +20,7 @@ from bridle.errors import TrainingError
 from bridle.jobs import control, ppo, reward, sft
 from bridle.jobs.session import RunSettings
 from bridle.language.roles import CriticSettings
-from bridle.language.scorers import RewardSettings
+from bridle.language.scorers import JudgingSettings, RewardSettings
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
@@ -246,3 +246,26 @@ def test_evidence_that_does_not_fit_on_the_disk_hides_nothing(
     with pytest.raises(TrainingError, match=r"the loss is not finite.*evidence could not be kept \(.*No space left"):
         sft.run(sft_config(world, tmp_path / "run", optim=WILD))
     assert [path.name for path in (tmp_path / "run/faults").iterdir()] == []
+
+
+MOODY = """
+def judge(prompts, completions):
+    return [None if p.endswith("3") else float(len(c) % 3) for p, c in zip(prompts, completions)]
+"""
+
+
+def test_answers_without_a_score_are_left_out_counted_and_told(world: Path, tmp_path: Path) -> None:
+    (world / "moody.py").write_text(MOODY)
+    judged = RewardSettings(
+        functions=(f"{world}/moody.py:judge",), judging=JudgingSettings(retries=0, wait=0.0, on_failure="drop")
+    )
+    ppo.run(ppo_config(world, tmp_path / "run", reward=judged, steps=3))
+    run = Run.open(tmp_path / "run")
+    told = {(e["step"], e["answers"]) for e in run.events() if e["kind"] == "judge" and e["outcome"] == "dropped"}
+    rows = [row for row in run.metrics() if "clip_fraction" in row]
+    counted = {(row["step"], row["judge/judge/dropped"]) for row in rows if "judge/judge/dropped" in row}
+    assert counted
+    assert counted <= told
+    for step, dropped in counted:
+        assert len(run.read_samples(int(str(step)))) == 8 - int(str(dropped))
+        assert not any(str(row["prompt"]).endswith("3") for row in run.read_samples(int(str(step))))

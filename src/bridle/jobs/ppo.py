@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridle.core.divergence import AdaptiveCoefficient
 from bridle.core.moments import Moments
-from bridle.errors import ConfigError, DataError, NonFiniteStep
+from bridle.errors import ConfigError, DataError, NonFiniteStep, ScorerError
 from bridle.jobs.accounts import Accounts, TimedScorer
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence, skipped
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
@@ -32,6 +32,7 @@ from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.sampler import SamplingSettings
 from bridle.language.sampler.serving import SamplerKind
 from bridle.language.scorers import (
+    Mishap,
     RewardModelScorer,
     RewardSettings,
     Scorer,
@@ -164,7 +165,10 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
             for step in session.steps(config.steps):
                 account, critic_only = world.accounts.step(world.scorer), step <= config.critic.warmup_steps
                 optimiser.schedule(step - 1)
-                episodes = account.lap("collect", _collect(config, world, session.seed, step))
+                try:
+                    episodes = account.lap("collect", _collect(config, world, session.seed, step))
+                finally:
+                    judged = _tell_mishaps(world, session, step)
                 try:
                     prepared = account.lap("prepare", _prepare(config, world, state, episodes))
                     _tell_gap(prepared, session, step)
@@ -176,7 +180,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                     progress.advance(skipped=fault.what)
                 else:
                     metrics = rollout_metrics(episodes, prepared, state.kl_coefficient) | summarise(updates)
-                    session.record(step, metrics | {f"lr/{name}": lr for name, lr in optimiser.lrs.items()})
+                    session.record(step, metrics | judged | {f"lr/{name}": lr for name, lr in optimiser.lrs.items()})
                     session.run.samples(step, sample_rows(episodes, prepared, updates))
                     session.run.timing(step, **account.row(prepared, updates, critic_only=critic_only))
                     progress.advance(**_shown(metrics))
@@ -197,6 +201,7 @@ class _World:
     roles: Roles
     accounts: Accounts
     scorer: TimedScorer
+    mishaps: list[Mishap]
     held_out_scorer: Scorer
     prompts: list[PromptTokens]
     held_out: list[PromptTokens]
@@ -237,7 +242,7 @@ def _open(config: PPOConfig) -> _World:
         sampler=config.sampler,
     )
     scorer = build_scorer(config.reward, roles.tokenizer, device=device)
-    gold = gold_scorers(config.evaluation.gold)
+    gold = gold_scorers(config.evaluation.gold, config.reward.judging, scorer.mishaps)
     prompts, held_out, notes = open_prompts(config, roles)
     longest = max(len(prompt.ids) for prompt in (*prompts, *held_out)) + config.sampling.max_new_tokens
     require_room(scorer, longest)
@@ -248,6 +253,7 @@ def _open(config: PPOConfig) -> _World:
     return _World(
         roles=roles,
         accounts=Accounts(roles, compute_dtype=roles.policy.compute_dtype, before=before),
+        mishaps=scorer.mishaps,
         scorer=TimedScorer(scorer),
         held_out_scorer=WithGold(scorer, gold),
         prompts=prompts,
@@ -305,7 +311,7 @@ def open_prompts(config: PPOConfig, roles: Roles) -> tuple[list[PromptTokens], l
 
 def _collect(config: PPOConfig, world: _World, seed: int, step: int) -> list[Episode]:
     chosen = prompts_of_step(len(world.prompts), config.prompts_per_step, seed=seed, step=step - 1)
-    return collect(
+    episodes = collect(
         world.roles.sampler,
         world.scorer,
         world.decode,
@@ -316,6 +322,11 @@ def _collect(config: PPOConfig, world: _World, seed: int, step: int) -> list[Epi
         stream="rollout",
         step=step,
     )
+    if len(episodes) < config.ppo.minibatches:
+        raise ScorerError(
+            f"step {step}: the judges left {len(episodes)} answers for {config.ppo.minibatches} minibatches; mend them"
+        )
+    return episodes
 
 
 def _prepare(config: PPOConfig, world: _World, state: _State, episodes: list[Episode]) -> Prepared:
@@ -425,24 +436,40 @@ def _restore(config: PPOConfig, world: _World, optimiser: Optimiser, checkpoint:
 
 def _evaluate(config: PPOConfig, world: _World, session: Session, step: int) -> None:
     """Answer the held-out prompts and keep answers and means."""
-    found = assess(
-        world.roles.policy,
-        world.roles.reference,
-        world.roles.sampler,
-        world.held_out_scorer,
-        world.decode,
-        world.held_out,
-        config.sampling,
-        seed=session.seed,
-        micro_batch_tokens=config.ppo.micro_batch_tokens,
-        answers_per_prompt=config.answers_per_prompt if config.reward.sees_groups else 1,
-    )
+    try:
+        found = assess(
+            world.roles.policy,
+            world.roles.reference,
+            world.roles.sampler,
+            world.held_out_scorer,
+            world.decode,
+            world.held_out,
+            config.sampling,
+            seed=session.seed,
+            micro_batch_tokens=config.ppo.micro_batch_tokens,
+            answers_per_prompt=config.answers_per_prompt if config.reward.sees_groups else 1,
+        )
+    finally:
+        _tell_mishaps(world, session, step)
     metrics = found.metrics()
     session.record(step, {f"evaluation/{name}": value for name, value in metrics.items()})
     session.run.samples(step, found.rows(), name="evaluation")
     gold = [name for name in metrics if name.startswith("score/gold/") and not name.endswith("_ci95")]
     shown = " | ".join(f"{name} {metrics[name]:.3g}" for name in ("score", *gold, "exact_kl", "entropy", "length"))
     session.say(f"held-out, step {step}: {shown}")
+
+
+def _tell_mishaps(world: _World, session: Session, step: int) -> dict[str, float]:
+    """Keep what went wrong with the judges as events, and count it: ``judge/NAME/OUTCOME``, absent where it is 0."""
+    counts: dict[str, float] = {}
+    for mishap in world.mishaps:
+        text = f"step {step}: {mishap.text}; {mishap.outcome}: {mishap.answers} answers of judge {mishap.judge}"
+        session.run.event("judge", text, step=step, judge=mishap.judge, outcome=mishap.outcome, answers=mishap.answers)
+        session.say(text)
+        name = f"judge/{mishap.judge}/{mishap.outcome}"
+        counts[name] = counts.get(name, 0.0) + (mishap.answers if mishap.outcome == "dropped" else 1)
+    world.mishaps.clear()
+    return counts
 
 
 def _tell_gap(prepared: Prepared, session: Session, step: int) -> None:

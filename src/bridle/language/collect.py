@@ -82,7 +82,8 @@ def collect(
 ) -> list[Episode]:
     """Sample ``answers_per_prompt`` answers to each prompt and have them judged; B = prompts × answers episodes.
 
-    Answer k to the i-th prompt is keyed (seed, stream, step, i · answers_per_prompt + k).
+    Answer k to the i-th prompt is keyed (seed, stream, step, i · answers_per_prompt + k). Answers that a judge dropped are
+    left out.
     """
     repeated = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     draws = uniforms(seed, stream, step, range(len(repeated)), settings.max_new_tokens)
@@ -103,6 +104,7 @@ def collect(
             components={name: values[b] for name, values in scores.components.items()},
         )
         for b, (prompt, group, answer, text) in enumerate(zip(repeated, groups, sampled, texts, strict=True))
+        if b not in scores.dropped
     ]
 
 

@@ -88,9 +88,12 @@ class WithGold:
         """Judge for training's total, with every judge's own score as a component."""
         scores = self._scorer(answers)
         components = dict(scores.components)
+        dropped = scores.dropped
         for judge in self._gold:
-            components |= {f"gold/{name}": values for name, values in judge(answers).components.items()}
-        return Scores(total=scores.total, components=components)
+            own = judge(answers)
+            components |= {f"gold/{name}": values for name, values in own.components.items()}
+            dropped |= own.dropped
+        return Scores(total=scores.total, components=components, dropped=dropped)
 
 
 def assess(

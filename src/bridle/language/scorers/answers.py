@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bridle.errors import ConfigError
 from bridle.language.sampler import Stop
+from bridle.language.scorers.asking import Mishap
 
 __all__ = ["JSON", "LARGEST_SCORE", "Answers", "Scorer", "Scores", "WeightedSum"]
 
@@ -60,9 +61,11 @@ class Scores:
     """What one judge, or several together, gave to B answers."""
 
     total: list[float]
-    """[B] the score of each answer, finite, in units of reward."""
+    """[B] the score of each answer, finite but where dropped, in units of reward."""
     components: dict[str, list[float]]
     """judge's name → [B] its own score before weighing, for the record."""
+    dropped: frozenset[int] = frozenset()
+    """answers that a judge has no score for, to be left out; theirs is NaN."""
 
 
 LARGEST_SCORE = 1e15
@@ -85,7 +88,16 @@ class Scorer(Protocol):
 class WeightedSum:
     """Several judges as one: total_b = Σ_j w_j · score_j(b); every judge's own score is kept as a component."""
 
-    def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float], *, name: str = "reward") -> None:
+    def __init__(
+        self,
+        scorers: Sequence[Scorer],
+        weights: Sequence[float],
+        *,
+        name: str = "reward",
+        mishaps: list[Mishap] | None = None,
+    ) -> None:
+        """``mishaps`` is where the judges note their failures; whoever asks them empties it."""
+        self.mishaps = [] if mishaps is None else mishaps
         if len(weights) != len(scorers):
             raise ConfigError.of("weights", tuple(weights), f"one weight for each of {len(scorers)} judges")
         names = [scorer.name for scorer in scorers]
@@ -99,8 +111,10 @@ class WeightedSum:
         """Ask every judge and add up."""
         total = [0.0] * len(answers)
         components: dict[str, list[float]] = {}
+        dropped: frozenset[int] = frozenset()
         for scorer, weight in zip(self.scorers, self.weights, strict=True):
             scores = scorer(answers)
             total = [t + weight * s for t, s in zip(total, scores.total, strict=True)]
             components |= scores.components
-        return Scores(total=total, components=components)
+            dropped |= scores.dropped
+        return Scores(total=total, components=components, dropped=dropped)

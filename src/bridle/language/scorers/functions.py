@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -22,10 +21,14 @@ from torch import Tensor
 
 from bridle.errors import ConfigError, ScorerError
 from bridle.language.scorers.answers import JSON, LARGEST_SCORE, Answers, Scores
+from bridle.language.scorers.asking import JudgingSettings, Mishap, Worker, ask
 
 __all__ = ["FunctionScorer", "GroupScorer", "centred_ranks", "load_function"]
 
 Judge = Callable[..., object]
+
+ONCE = JudgingSettings(timeout=None, retries=0)
+"""Ask in the caller's thread, once."""
 
 
 class FunctionScorer:
@@ -38,16 +41,31 @@ class FunctionScorer:
     Raises :class:`ScorerError` where the function cannot be found, raises, or returns anything but B finite numbers.
     """
 
-    def __init__(self, spec: str, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        *,
+        name: str | None = None,
+        judging: JudgingSettings = ONCE,
+        mishaps: list[Mishap] | None = None,
+    ) -> None:
+        """``judging`` says what follows a failure, ``mishaps`` is where each is noted; by default it is asked once."""
         self.name = name or spec.rpartition(":")[2]
-        self._call = _Caller(spec, "score(prompts, completions, **columns)")
+        self._judging = judging
+        self._mishaps = [] if mishaps is None else mishaps
+        self._call = _Caller(spec, "score(prompts, completions, **columns)", judging)
 
     def __call__(self, answers: Answers) -> Scores:
         """Judge every answer in one call of the function."""
         columns = self._call.accepted(answers.columns)
-        (result,) = self._call.many([([*answers.prompts], [*answers.completions], columns)])
-        values = _numbers(self._call.spec, result, len(answers))
-        return Scores(total=values, components={self.name: values})
+        sizes = [len(answers)]
+
+        def call(_: Sequence[int]) -> dict[int, list[float | None] | ScorerError]:
+            outcomes = self._call.many([([*answers.prompts], [*answers.completions], columns)])
+            return {0: _read(self._call.spec, outcomes[0], len(answers), lenient=self._judging.on_failure == "drop")}
+
+        (values,) = ask(self.name, self._judging, sizes, call, self._mishaps.append)
+        return _scores(self.name, values)
 
 
 class GroupScorer:
@@ -60,12 +78,23 @@ class GroupScorer:
     Raises :class:`ScorerError` as :class:`FunctionScorer` does.
     """
 
-    def __init__(self, spec: str, *, kind: Literal["scores", "ranks"] = "scores", name: str | None = None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        *,
+        kind: Literal["scores", "ranks"] = "scores",
+        name: str | None = None,
+        judging: JudgingSettings = ONCE,
+        mishaps: list[Mishap] | None = None,
+    ) -> None:
+        """See :class:`FunctionScorer`; where one answer of a group has no score, the group is asked about again, or dropped."""
         if kind not in ("scores", "ranks"):
             raise ConfigError.of("kind", kind, "'scores' or 'ranks'")
         self.name = name or spec.rpartition(":")[2]
         self.kind = kind
-        self._call = _Caller(spec, "rank(prompt, completions, **columns)")
+        self._judging = judging
+        self._mishaps = [] if mishaps is None else mishaps
+        self._call = _Caller(spec, "rank(prompt, completions, **columns)", judging)
 
     def __call__(self, answers: Answers) -> Scores:
         """Judge group after group, in the order in which the groups appear."""
@@ -77,13 +106,23 @@ class GroupScorer:
         for positions in members.values():
             columns = {name: values[positions[0]] for name, values in accepted.items()}
             calls.append((answers.prompts[positions[0]], [answers.completions[i] for i in positions], columns))
-        total = [0.0] * len(answers)
-        for positions, result in zip(members.values(), self._call.many(calls), strict=True):
-            values = _numbers(self._call.spec, result, len(positions))
+        sizes = [len(positions) for positions in members.values()]
+
+        def call(which: Sequence[int]) -> dict[int, list[float | None] | ScorerError]:
+            outcomes = self._call.many([calls[i] for i in which])
+            pairs = zip(which, outcomes, strict=True)
+            return {i: _read(self._call.spec, outcome, sizes[i], lenient=False) for i, outcome in pairs}
+
+        total: list[float | None] = [None] * len(answers)
+        rows = ask(self.name, self._judging, sizes, call, self._mishaps.append)
+        for positions, row in zip(members.values(), rows, strict=True):
+            values = [value for value in row if value is not None]
+            if len(values) < len(row):
+                continue
             scores = centred_ranks(values) if self.kind == "ranks" else values
             for position, score in zip(positions, scores, strict=True):
                 total[position] = score
-        return Scores(total=total, components={self.name: total})
+        return _scores(self.name, total)
 
 
 def centred_ranks(ranks: Sequence[float]) -> list[float]:
@@ -102,10 +141,12 @@ def centred_ranks(ranks: Sequence[float]) -> list[float]:
 class _Caller:
     """A user's function with its signature: which columns it takes, and how it is called and its failures told."""
 
-    def __init__(self, spec: str, form: str) -> None:
+    def __init__(self, spec: str, form: str, judging: JudgingSettings) -> None:
         self.spec = spec
         self._function = load_function(spec)
-        self._runner: asyncio.Runner | None = None
+        self._worker = Worker(judging.timeout)
+        self._timeout = judging.timeout
+        weakref.finalize(self, self._worker.close).atexit = False  # then a call may be under way
         try:
             parameters = list(inspect.signature(self._function).parameters.values())
         except (TypeError, ValueError) as error:
@@ -134,46 +175,86 @@ class _Caller:
         }
 
     def many(self, calls: Sequence[tuple[object, list[str], Mapping[str, object]]]) -> list[object]:
-        """Call the function for each (first, second, columns); awaitable results are awaited together."""
-        try:
-            results = [self._function(first, second, **columns) for first, second, columns in calls]
-            waiting = [result for result in results if inspect.isawaitable(result)]
-            if not waiting:
-                return results
-            done = iter(self._await(waiting))
-            return [next(done) if inspect.isawaitable(result) else result for result in results]
-        except (Exception, SystemExit) as error:  # whatever the user's code raises is the user's to mend
-            _raised(self.spec, error, inspect.getsourcefile(inspect.unwrap(self._function)))
+        """Call the function for each (first, second, columns); return its results, and a ScorerError where it failed.
 
-    def _await(self, waiting: Sequence[Awaitable[object]]) -> list[object]:
-        # One event loop for the scorer's life: a client that the user's module keeps open belongs to its first loop.
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-            weakref.finalize(self, self._runner.close)
+        Awaitable results are awaited together. What was not done in time counts as failed; what was, stays.
+        """
+        found: list[object] = [_LATE] * len(calls)
 
-        async def gather() -> list[object]:
-            # exceptions are returned, so that none of the others is left pending in the loop
-            return await asyncio.gather(*waiting, return_exceptions=True)
+        def work() -> None:
+            waiting: dict[int, Awaitable[object]] = {}
+            for number, (first, second, columns) in enumerate(calls):
+                try:
+                    result = self._function(first, second, **columns)
+                except (Exception, SystemExit) as error:  # whatever the user's code raises is the user's to mend
+                    found[number] = self._failure(error)
+                    continue
+                if inspect.isawaitable(result):
+                    waiting[number] = result
+                else:
+                    found[number] = result
+            settled = self._worker.gather(list(waiting.values())) if waiting else []
+            for number, result in zip(waiting, settled, strict=True):
+                found[number] = self._failure(result) if isinstance(result, BaseException) else result
 
-        done = self._runner.run(gather())
-        for result in done:
-            if isinstance(result, BaseException):
-                raise result
-        return done
+        self._worker.run(work, takes_leave=inspect.iscoroutinefunction(inspect.unwrap(self._function)))
+        late = ScorerError(f"{self.spec} was not done after {self._timeout} seconds; see --reward.judging.timeout")
+        return [late if result is _LATE else result for result in list(found)]
+
+    def _failure(self, error: BaseException) -> ScorerError:
+        if isinstance(error, TimeoutError) and not error.args:
+            return ScorerError(f"{self.spec} was not done after {self._timeout} seconds; see --reward.judging.timeout")
+        return _told(self.spec, error, inspect.getsourcefile(inspect.unwrap(self._function)))
 
 
-def _raised(what: str, error: Exception | SystemExit, home: str | None = None) -> NoReturn:
+_LATE = object()
+"""Stands where a result is not there yet."""
+
+
+def _told(what: str, error: BaseException, home: str | None = None) -> ScorerError:
     """Tell what the user's code raised, and where: the innermost line of the file ``home``, or of any file."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
     frames = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
     frames = [frame for frame in frames if frame.filename == home] or frames
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     text = " ".join(str(error).split())[:400]
-    raise ScorerError(f"{what} raised {type(error).__name__}: {text}{place}") from error
+    told = ScorerError(f"{what} raised {type(error).__name__}: {text}{place}")
+    told.__cause__ = error
+    return told
 
 
-def _numbers(spec: str, result: object, count: int) -> list[float]:
-    """Read what a user's function returned as ``count`` finite floats."""
+def _raised(what: str, error: Exception | SystemExit) -> NoReturn:
+    raise _told(what, error) from error
+
+
+def _scores(name: str, values: Sequence[float | None]) -> Scores:
+    """Put NaN where no judge gave a score; those answers are named, so that nobody takes them for scored."""
+    dropped = frozenset(position for position, value in enumerate(values) if value is None)
+    total = [math.nan if value is None else value for value in values]
+    return Scores(total=total, components={name: total}, dropped=dropped)
+
+
+def _read(spec: str, result: object, count: int, *, lenient: bool) -> list[float | None] | ScorerError:
+    """Read one call's result; with ``lenient``, what is no finite number is None where the others are."""
+    if isinstance(result, ScorerError):
+        return result
+    try:
+        items = _items(spec, result, count)
+        if not lenient:
+            return [_number(spec, item, position) for position, item in enumerate(items)]
+    except ScorerError as error:
+        return error
+    values: list[float | None] = []
+    for position, item in enumerate(items):
+        try:
+            values.append(_number(spec, item, position))
+        except ScorerError:
+            values.append(None)
+    return values
+
+
+def _items(spec: str, result: object, count: int) -> list[object]:
+    """Read what a user's function returned as ``count`` things."""
     if isinstance(result, (Tensor, np.ndarray)):
         if len(result.shape) != 1:
             raise ScorerError(f"{spec} returned an array of shape {tuple(result.shape)}; expected [{count}]")
@@ -184,7 +265,7 @@ def _numbers(spec: str, result: object, count: int) -> list[float]:
         raise ScorerError(f"{spec} returned {_shown(result)}; expected a list of {count} numbers, one per answer")
     if len(items) != count:
         raise ScorerError(f"{spec} returned {len(items)} scores for {count} answers; return one number per answer")
-    return [_number(spec, item, position) for position, item in enumerate(items)]
+    return items
 
 
 def _number(spec: str, item: object, position: int) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from jaxtyping import Int
@@ -18,7 +18,8 @@ from bridle.language.models import ModelSettings, context_length, disable_dropou
 from bridle.language.reward_model import check_lengths, check_score_head, score_sequences
 from bridle.language.sampler import Stop
 from bridle.language.scorers.answers import Answers, Scorer, Scores, WeightedSum
-from bridle.language.scorers.functions import FunctionScorer, GroupScorer
+from bridle.language.scorers.asking import JudgingSettings, Mishap
+from bridle.language.scorers.functions import ONCE, FunctionScorer, GroupScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +93,8 @@ class RewardSettings:
     """Functions like ``groups`` that return each answer's place, lower is better, instead of a score."""
     weights: tuple[float, ...] = ()
     """One weight per judge, in the order model, functions, groups, rankings; all 1 if left out."""
+    judging: JudgingSettings = field(default_factory=JudgingSettings)
+    """What follows when a function fails."""
 
     def __post_init__(self) -> None:
         """Refuse a jury without judges, and weights that do not fit it."""
@@ -144,16 +147,25 @@ def build_scorer(
         encode = None if shares_ids(tokenizer, own) else _own_encoding(model, own)
         scorers.append(RewardModelScorer(model.eval(), encode=encode))
     names = _names((*settings.functions, *settings.groups, *settings.rankings))
-    scorers += [FunctionScorer(spec, name=names[spec]) for spec in settings.functions]
-    scorers += [GroupScorer(spec, name=names[spec]) for spec in settings.groups]
-    scorers += [GroupScorer(spec, kind="ranks", name=names[spec]) for spec in settings.rankings]
-    return WeightedSum(scorers, settings.weights or (1.0,) * len(scorers))
+    mishaps: list[Mishap] = []
+    how: _How = {"judging": settings.judging, "mishaps": mishaps}
+    scorers += [FunctionScorer(spec, name=names[spec], **how) for spec in settings.functions]
+    scorers += [GroupScorer(spec, name=names[spec], **how) for spec in settings.groups]
+    scorers += [GroupScorer(spec, kind="ranks", name=names[spec], **how) for spec in settings.rankings]
+    return WeightedSum(scorers, settings.weights or (1.0,) * len(scorers), mishaps=mishaps)
 
 
-def gold_scorers(specs: Sequence[str]) -> list[FunctionScorer]:
-    """Open functions that judge held-out answers only, each under a name of its own."""
+class _How(TypedDict):
+    judging: JudgingSettings
+    mishaps: list[Mishap]
+
+
+def gold_scorers(
+    specs: Sequence[str], judging: JudgingSettings = ONCE, mishaps: list[Mishap] | None = None
+) -> list[FunctionScorer]:
+    """Open functions that judge held-out answers only, each under a name of its own; see :class:`FunctionScorer`."""
     names = _names(specs)
-    return [FunctionScorer(spec, name=names[spec]) for spec in names]
+    return [FunctionScorer(spec, name=names[spec], judging=judging, mishaps=mishaps) for spec in names]
 
 
 def require_room(scorer: WeightedSum, longest: int) -> None:
