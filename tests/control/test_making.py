@@ -118,9 +118,16 @@ def test_a_limit_cuts_and_does_not_terminate(vectorization: Any) -> None:
     assert not any(step.terminated.any() for step in taken)
 
 
-@pytest.mark.parametrize(("how", "words"), [("kill", "process of an environment died"), ("raise", "battery is empty")])
-def test_a_process_that_ends_is_one_line_and_all_are_closed(how: str, words: str) -> None:
-    settings = WorldSettings(num_envs=2, vectorization="async", kwargs=(f"how={how}",))
+@pytest.mark.parametrize(
+    ("how", "form", "words"),
+    [
+        ("kill", "async", "the process of environment 0, after action 0, died, killed by signal 9"),
+        ("raise", "async", "of environment 0, after action 0, raised RuntimeError: the battery is empty"),
+        ("raise", "sync", "of environment 0, after action 0, raised RuntimeError: the battery is empty"),
+    ],
+)
+def test_an_environment_that_dies_is_named_in_one_line_and_all_are_closed(how: str, form: Any, words: str) -> None:
+    settings = WorldSettings(num_envs=2, vectorization=form, kwargs=(f"how={how}",))
     world = make_world("BridleTest/Doomed-v0", settings)
     world.reset(0)
     world.step(np.zeros(2, np.int64))

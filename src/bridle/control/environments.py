@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from bridle.control.masks import Masks
 from bridle.control.observations import Observations
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
+from bridle.control.vectors import NOTE
 from bridle.errors import WorldError
 
 __all__ = ["World", "WorldStep", "foreign"]
@@ -93,13 +95,17 @@ class World:
         """
         acted = ~self._pending
         world_actions = self.actions.to_world(actions)
-        with foreign(self.name, "step"):
+        with foreign(self.name, "step", actions=world_actions), self._naming_copies():
             raw, rewards, terminated, truncated, info = self._envs.step(world_actions)
         terminated = np.asarray(terminated, dtype=np.bool_) & acted
         truncated = np.asarray(truncated, dtype=np.bool_) & acted & ~terminated
         rewards = np.asarray(rewards, dtype=np.float64)
         if not np.isfinite(rewards).all():
-            raise WorldError(f"{self.name}: the reward {rewards[~np.isfinite(rewards)][0]} is not a finite number")
+            row = int(np.flatnonzero(~np.isfinite(rewards))[0])
+            raise WorldError(
+                f"{self.name}: the reward {rewards[row]} of environment {row}, after action {world_actions[row]}, "
+                "is not a finite number"
+            )
         shown = self._encode(raw)
         self._pending = np.zeros(self.num_envs, dtype=np.bool_)
         done = terminated | truncated
@@ -114,6 +120,19 @@ class World:
             over=done,
             acted=acted,
         )
+
+    @contextmanager
+    def _naming_copies(self) -> Iterator[None]:
+        """Note on an error of copies in this process which one it came from: whose code was running."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # foreign code may raise anything, or leave
+            if isinstance(self._envs, SyncVectorEnv):
+                running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
+                found = next((i for i, copy in enumerate(self._envs.envs) if id(copy) in running), None)
+                if found is not None:
+                    error.add_note(f"{NOTE}{found}")
+            raise
 
     def close(self) -> None:
         """Release the environments."""
@@ -176,15 +195,32 @@ class World:
 
 
 @contextmanager
-def foreign(world: str, doing: str) -> Iterator[None]:
-    """Turn whatever the environment's own code raises into one line."""
+def foreign(world: str, doing: str, *, actions: NDArray[Any] | None = None) -> Iterator[None]:
+    """Turn whatever the environment's own code raises into one line, with which environment and action if that is known."""
     try:
         yield
     except WorldError:
         raise
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         remedy = "out of memory, or killed from outside; try fewer environments"
-        raise WorldError(f"{world}: {doing}: the process of an environment died ({remedy})") from error
+        which, how = _which(error, actions) or "an environment", "".join(f", {note}" for note in _notes(error)[1:])
+        raise WorldError(f"{world}: {doing}: the process of {which} died{how} ({remedy})") from error
     except (Exception, SystemExit) as error:  # foreign code may raise anything, or leave
         text = " ".join(str(error).split())
-        raise WorldError(f"{world}: {doing} raised {type(error).__name__}: {text[:300]}") from error
+        which = _which(error, actions)
+        where = f" of {which}" if which else ""
+        raise WorldError(f"{world}: {doing}{where} raised {type(error).__name__}: {text[:300]}") from error
+
+
+def _notes(error: BaseException) -> list[str]:
+    notes: list[str] = error.__dict__.get("__notes__", [])
+    return notes
+
+
+def _which(error: BaseException, actions: NDArray[Any] | None) -> str:
+    """Name the environment and its action, if a note tells which it was."""
+    index = next((note.removeprefix(NOTE) for note in _notes(error) if note.startswith(NOTE)), None)
+    if index is None:
+        return ""
+    action = "" if actions is None else f", after action {actions[int(index)]},"
+    return f"environment {index}{action}"
