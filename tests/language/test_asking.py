@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bridle.errors import ConfigError, ScorerError
-from bridle.language.sampler import Stop
+from bridle.language.collect import PromptTokens, collect
+from bridle.language.sampler import Sampled, SamplingSettings, Stop
 from bridle.language.scorers import FunctionScorer, GroupScorer, JudgingSettings, Mishap, WeightedSum
 from bridle.language.scorers.answers import Answers
 
@@ -93,8 +95,6 @@ def judges(tmp_path: Path) -> Any:
 
 
 def answers(prompts: int = 2, each: int = 4) -> Answers:
-    import torch
-
     n = prompts * each
     return Answers(
         prompts=[f"p{i // each}" for i in range(n)],
@@ -210,3 +210,23 @@ def test_a_process_whose_judge_hangs_still_ends(judges: Path) -> None:
 def test_settings_that_cannot_work_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="judging"):
         JudgingSettings(**bad)  # type: ignore[arg-type]
+
+
+def test_judges_that_drop_every_answer_between_them_end_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "halves.py"
+    path.write_text(
+        "def left(prompts, completions):\n    return [1.0, None]\ndef right(prompts, completions):\n    return [None, 1.0]\n"
+    )
+    judging = JudgingSettings(timeout=None, retries=0, on_failure="drop")
+    both = WeightedSum([FunctionScorer(f"{path}:{name}", judging=judging) for name in ("left", "right")], [1.0, 1.0])
+
+    def sampler(prompts: Any, draws: Any, settings: Any) -> list[Sampled]:
+        return [
+            Sampled(ids=torch.tensor([2]), logp=torch.zeros(1), plain_logp=torch.zeros(1), stop=Stop.EOS)
+            for _ in prompts
+        ]
+
+    prompts = [PromptTokens(ids=torch.tensor([1]), text=text, columns={}) for text in ("a", "b")]
+    settings = SamplingSettings(max_new_tokens=1)
+    with pytest.raises(ScorerError, match="left no answer that has a score of every judge"):
+        collect(sampler, both, lambda _: "", prompts, settings, answers_per_prompt=1, seed=0, stream="rollout", step=1)

@@ -314,8 +314,8 @@ def test_a_failing_async_group_leaves_nothing_pending(tmp_path: Path) -> None:
     with pytest.raises(ScorerError, match="raised ValueError: no"):
         scorer(answers(["a", "b"]))
     assert scorer._call._function.__globals__["done"] == ["prompt 1"]
-    assert scorer._call._runner is not None
-    assert not asyncio.all_tasks(scorer._call._runner.get_loop())
+    assert scorer._call._worker._loop is not None
+    assert not asyncio.all_tasks(scorer._call._worker._loop)
 
 
 def test_a_wrong_length_is_counted_within_the_group(tmp_path: Path) -> None:

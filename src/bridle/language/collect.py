@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bridle.errors import ScorerError
 from bridle.language.sampler import Sampled, Sampler, SamplingSettings, Stop
 from bridle.language.scorers import JSON, Answers, Scorer, Scores
 from bridle.random import permutation, uniforms
@@ -84,6 +85,9 @@ def collect(
 
     Answer k to the i-th prompt is keyed (seed, stream, step, i · answers_per_prompt + k). Answers that a judge dropped are
     left out.
+
+    Raises:
+        ScorerError: a judge failed, or the judges dropped every answer between them.
     """
     repeated = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     draws = uniforms(seed, stream, step, range(len(repeated)), settings.max_new_tokens)
@@ -91,6 +95,8 @@ def collect(
     texts = [decode(answer.ids) for answer in sampled]
     groups = [position // answers_per_prompt for position in range(len(repeated))]
     scores = judge(scorer, repeated, sampled, texts, groups)
+    if len(scores.dropped) == len(repeated):
+        raise ScorerError("the judges left no answer that has a score of every judge; mend them")
     return [
         Episode(
             prompt=prompt,
