@@ -45,6 +45,7 @@ from bridle.language.segments import Segments
 from bridle.language.shaping import KLSettings, ShapingSettings
 from bridle.learn import ppo
 from bridle.learn.advantages import AdvantageSettings
+from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep, summarise
@@ -161,6 +162,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
             session.say(note)
         if session.start == 0:
             _evaluate(config, world, session, 0)
+        budget = session.micro_budget(config.ppo.micro_batch_tokens)
         with session.progress(config.steps, "ppo", start=session.start) as progress:
             for step in session.steps(config.steps):
                 account, critic_only = world.accounts.step(world.scorer), step <= config.critic.warmup_steps
@@ -170,9 +172,9 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                 finally:
                     judged = _tell_mishaps(world, session, step)
                 try:
-                    prepared = account.lap("prepare", _prepare(config, world, state, episodes))
+                    prepared = account.lap("prepare", _prepare(config, world, state, episodes, budget))
                     _tell_gap(prepared, session, step)
-                    took = _update(config, world, state, optimiser, prepared, session.seed, step)
+                    took = _update(config, world, state, optimiser, prepared, session.seed, step, budget)
                     updates = account.lap("training", took)
                 except NonFiniteStep as fault:
                     contain(session, step, fault, config, _kept(world, fault))
@@ -185,6 +187,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                     session.run.timing(step, **account.row(prepared, updates, critic_only=critic_only))
                     progress.advance(**_shown(metrics))
                     state = state.after(prepared, metrics["exact_kl"], len(episodes))
+                session.tell_memory(step, budget)
                 if step % config.evaluation.every == 0 or step == config.steps:
                     _evaluate(config, world, session, step)
                 session.end_step(step, last=config.steps, save=partial(_save, world, optimiser, state))
@@ -329,17 +332,22 @@ def _collect(config: PPOConfig, world: _World, seed: int, step: int) -> list[Epi
     return episodes
 
 
-def _prepare(config: PPOConfig, world: _World, state: _State, episodes: list[Episode]) -> Prepared:
-    return prepare(
-        episodes,
-        world.roles.policy,
-        world.roles.reference,
-        state.moments,
-        shaping=config.shaping,
-        kl=config.kl,
-        kl_coefficient=state.kl_coefficient,
-        advantage=config.advantage,
-        micro_batch_tokens=config.ppo.micro_batch_tokens,
+def _prepare(config: PPOConfig, world: _World, state: _State, episodes: list[Episode], budget: MicroBudget) -> Prepared:
+    lengths = torch.tensor([len(e.prompt.ids) + len(e.ids) for e in episodes])
+    return within_memory(
+        budget,
+        lengths,
+        lambda tokens: prepare(
+            episodes,
+            world.roles.policy,
+            world.roles.reference,
+            state.moments,
+            shaping=config.shaping,
+            kl=config.kl,
+            kl_coefficient=state.kl_coefficient,
+            advantage=config.advantage,
+            micro_batch_tokens=tokens,
+        ),
     )
 
 
@@ -351,6 +359,7 @@ def _update(
     prepared: Prepared,
     seed: int,
     step: int,
+    budget: MicroBudget,
 ) -> list[UpdateStep]:
     """Take all optimiser steps on one rollout; during the warm-up the critic's alone."""
     critic_only = step <= config.critic.warmup_steps
@@ -366,6 +375,7 @@ def _update(
                 step=step,
                 kl_coefficient=state.kl_coefficient if config.kl.where == "loss" else 0.0,
                 critic_only=critic_only,
+                budget=budget,
                 extra_loss=None if world.mix is None else world.mix.of_step(policy, seed=seed, step=step),
             )
         )

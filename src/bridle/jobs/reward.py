@@ -39,6 +39,7 @@ from bridle.language.reward_model import (
     steps_per_epoch,
     train_step,
 )
+from bridle.learn.memory import MicroBudget
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.runs.checkpoints import load_json, load_tensors, save_json, save_tensors
 from bridle.runs.depends import Sources
@@ -235,12 +236,14 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
         learner, scores = _restore(world, session)
         for note in world.notes:
             session.say(note)
+        budget = session.micro_budget(config.loss.micro_tokens)
         with session.progress(total, "reward", start=session.start) as progress:
             for step in session.steps(total):
                 phase = world.phase_of(step)
                 if step == phase.first and phase is not world.phases[0]:
                     learner = Learner.of(config, _open_model(config, session.device), phase.steps)
-                metrics = _train(world, learner, phase, step, session)
+                metrics = _train(world, learner, phase, step, session, budget)
+                session.tell_memory(step, budget)
                 if phase.held_out and _is_due(config, phase, step):
                     own = _judge(world, learner, phase.held_out, session)
                     metrics |= _flat(_quality(world, own, [phase]))
@@ -289,7 +292,9 @@ def _open_model(config: RewardConfig, device: torch.device) -> Opened:
     return model.eval(), tokenizer
 
 
-def _train(world: World, learner: Learner, phase: Phase, step: int, session: Session) -> dict[str, Metric]:
+def _train(
+    world: World, learner: Learner, phase: Phase, step: int, session: Session, budget: MicroBudget
+) -> dict[str, Metric]:
     """Take the run's step ``step``, counted from 1, and say what it saw."""
     began, within, size = time.perf_counter(), step - phase.first, world.config.batch_size
     learner.optimiser.schedule(within)
@@ -297,7 +302,7 @@ def _train(world: World, learner: Learner, phase: Phase, step: int, session: Ses
     batch = [world.comparisons[phase.training[i]] for i in chosen]
     try:
         with _computing(session):
-            seen = train_step(learner.model, batch, learner.optimiser, world.config.loss)
+            seen = train_step(learner.model, batch, learner.optimiser, world.config.loss, budget=budget)
     except NonFiniteStep as fault:
         contain(session, step, fault, world.config, _kept(learner, batch, phase))
         return {"phase": phase.name, **skipped(fault, learner.optimiser.lrs)}

@@ -33,6 +33,7 @@ from threadpoolctl import threadpool_limits
 from bridle.errors import ConfigError, RunError, UserError
 from bridle.jobs.config import to_dict
 from bridle.jobs.progress import Progress, progress_on
+from bridle.learn.memory import MicroBudget
 from bridle.runs import Checkpoint, Run
 from bridle.runs.depends import Sources, differences, take_stock
 from bridle.runs.files import Json
@@ -223,6 +224,21 @@ class Session:
         while step - 1 - count in skipped:
             count += 1
         return count
+
+    def micro_budget(self, tokens: int | None) -> MicroBudget:
+        """Return what a forward pass may hold: as set, or what an earlier life of the run was left with by its checkpoint."""
+        for event in self.run.events():
+            step, left = event.get("step"), event.get("tokens")
+            if event.get("kind") == "memory" and isinstance(step, int) and isinstance(left, int) and step <= self.start:
+                tokens = left
+        return MicroBudget(tokens)
+
+    def tell_memory(self, step: int, budget: MicroBudget) -> None:
+        """Keep it as events where memory ran out, and say so."""
+        for text in budget.halvings:
+            self.run.event("memory", f"step {step}: {text}", step=step, tokens=budget.tokens)
+            self.say(f"step {step}: {text}")
+        budget.halvings.clear()
 
     def leave_out(self, invariant: str) -> None:
         """Stop watching an invariant that makes no sense in this run."""

@@ -20,7 +20,7 @@ from bridle.jobs.sources import LANGUAGE, of_data, of_model
 from bridle.language.causal import CausalModel
 from bridle.language.data import DataSettings, Encoded, Encoder, encode_demonstrations, read_demonstrations
 from bridle.language.evidence import demonstrations_to
-from bridle.language.likelihood import LikelihoodStep, batch_of_step, held_out_loss, likelihood_step
+from bridle.language.likelihood import batch_of_step, held_out_loss, likelihood_step
 from bridle.language.models import (
     ModelSettings,
     context_length,
@@ -112,6 +112,7 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
             session.say(note)
         if session.start == 0 and world.held_out:
             session.record(0, _evaluate(config, world, session, 0))
+        budget = session.micro_budget(config.micro_batch_tokens)
         with session.progress(total, "sft", start=session.start) as progress:
             for step in session.steps(total):
                 began = time.perf_counter()
@@ -119,7 +120,9 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
                 chosen = batch_of_step(len(world.training), config.batch_size, seed=session.seed, step=step - 1)
                 batch = [world.training[i] for i in chosen]
                 try:
-                    seen = _learn(config, world, optimiser, batch)
+                    seen = likelihood_step(
+                        world.model, batch, optimiser, micro_tokens=budget, computing=world.computing
+                    )
                 except NonFiniteStep as fault:
                     contain(session, step, fault, config, _kept(world, batch))
                     metrics, shown = skipped(fault, optimiser.lrs), {"loss": math.nan}
@@ -134,6 +137,7 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
                     }
                 if world.held_out and (step % config.evaluation.every == 0 or step == total):
                     metrics |= _evaluate(config, world, session, step)
+                session.tell_memory(step, budget)
                 session.record(step, metrics)
                 progress.advance(**shown)
                 session.end_step(step, last=total, save=partial(_save, world, optimiser))
@@ -141,11 +145,6 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
             save_model(folder, world.model.model, world.tokenizer)
         session.say(f"policy: {session.run.path / 'policy'} (opens with AutoModelForCausalLM)")
     return config.run.dir
-
-
-def _learn(config: SFTConfig, world: _World, optimiser: Optimiser, batch: list[Encoded]) -> LikelihoodStep:
-    micro = config.micro_batch_tokens
-    return likelihood_step(world.model, batch, optimiser, micro_tokens=micro, computing=world.computing)
 
 
 def _kept(world: _World, batch: list[Encoded]) -> Kept:

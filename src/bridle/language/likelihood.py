@@ -15,6 +15,7 @@ from bridle.core.losses import sft_loss
 from bridle.errors import NonFiniteStep
 from bridle.language.causal import CausalModel
 from bridle.language.data import Encoded, collate
+from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Optimiser
 from bridle.learn.step import micro_batches
 from bridle.random import permutation
@@ -62,7 +63,12 @@ def batch_of_step(count: int, batch_size: int, *, seed: int, step: int) -> list[
 
 
 def likelihood_step(
-    model: CausalModel, batch: Sequence[Encoded], optimiser: Optimiser, *, micro_tokens: int, computing: Computing
+    model: CausalModel,
+    batch: Sequence[Encoded],
+    optimiser: Optimiser,
+    *,
+    micro_tokens: MicroBudget | int,
+    computing: Computing,
 ) -> LikelihoodStep:
     """Take one optimiser step on −(1/M) Σ log π(token) over the M target tokens of the whole batch.
 
@@ -72,7 +78,12 @@ def likelihood_step(
     """
     optimiser.zero_grad()
     try:
-        total = add_likelihood(model, batch, micro_tokens=micro_tokens, computing=computing)
+        total = within_memory(
+            micro_tokens,
+            torch.tensor([len(item) for item in batch]),
+            lambda tokens: add_likelihood(model, batch, micro_tokens=tokens, computing=computing),
+            optimiser.zero_grad,
+        )
     except NonFiniteStep:
         optimiser.zero_grad()
         raise
@@ -85,7 +96,9 @@ def likelihood_step(
     )
 
 
-def add_likelihood(model: CausalModel, batch: Sequence[Encoded], *, micro_tokens: int, computing: Computing) -> float:
+def add_likelihood(
+    model: CausalModel, batch: Sequence[Encoded], *, micro_tokens: int | None, computing: Computing
+) -> float:
     """Add to the weights' gradients that of −(1/M) Σ log π(token) over the batch's M target tokens; return the loss.
 
     Raises:
@@ -110,7 +123,7 @@ def held_out_loss(model: CausalModel, items: Sequence[Encoded], *, micro_tokens:
 
 
 def _losses(
-    model: CausalModel, items: Sequence[Encoded], micro_tokens: int, computing: Computing
+    model: CausalModel, items: Sequence[Encoded], micro_tokens: int | None, computing: Computing
 ) -> Iterator[Float[Tensor, " n"]]:
     """Yield −log π of the target tokens, micro-batch by micro-batch, rows of alike length together."""
     device = model.device

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from bridle.core.losses import listwise_loss, pairwise_loss
 from bridle.errors import ConfigError, ModelError, NonFiniteStep
 from bridle.language.comparisons import Comparison
 from bridle.language.models import context_length
+from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Optimiser
 from bridle.learn.step import micro_batches
 from bridle.random import permutation
@@ -172,20 +173,31 @@ class TrainingStep:
 
 
 def train_step(
-    model: PreTrainedModel, batch: Sequence[Comparison], optimiser: Optimiser, settings: LossSettings
+    model: PreTrainedModel,
+    batch: Sequence[Comparison],
+    optimiser: Optimiser,
+    settings: LossSettings,
+    *,
+    budget: MicroBudget | None = None,
 ) -> TrainingStep:
     """Take one optimiser step on mean_p loss_p over the batch's comparisons.
 
     Pairs: −log σ(r_chosen − r_rejected − margin) + centering·(r_chosen + r_rejected)². K answers: Plackett–Luce, which
     for K = 2 is Bradley–Terry, so the two may be mixed if ``centering`` is 0. The sum is divided once, by the number
-    of comparisons, so micro-batches do not change the gradient beyond rounding.
+    of comparisons, so micro-batches do not change the gradient beyond rounding. ``budget`` stands in for
+    ``settings.micro_tokens`` and shrinks where memory runs out.
 
     Raises:
         NonFiniteStep: the loss or the gradient is not finite; nothing was moved.
     """
     optimiser.zero_grad()
     try:
-        total, parts = add_comparisons(model, batch, settings)
+        total, parts = within_memory(
+            budget or settings.micro_tokens,
+            _costs(batch),
+            lambda tokens: add_comparisons(model, batch, replace(settings, micro_tokens=tokens)),
+            optimiser.zero_grad,
+        )
     except NonFiniteStep:
         optimiser.zero_grad()
         raise
@@ -207,9 +219,8 @@ def add_comparisons(
     Raises:
         NonFiniteStep: the loss is not finite.
     """
-    costs = torch.tensor([len(c.answers) * max(len(answer) for answer in c.answers) for c in batch])
     total, parts = 0.0, []
-    for index in micro_batches(costs, settings.micro_tokens):
+    for index in micro_batches(_costs(batch), settings.micro_tokens):
         members = [batch[i] for i in index.tolist()]
         scores, mask = _comparison_scores(model, members)
         loss = _losses(scores, mask, members, settings.centering).sum() / len(batch)
@@ -219,6 +230,11 @@ def add_comparisons(
         total += float(loss.detach())
         parts += [row[own].detach().cpu() for row, own in zip(scores, mask, strict=True)]
     return total, parts
+
+
+def _costs(batch: Sequence[Comparison]) -> Int[Tensor, " P"]:
+    """Padded tokens of each comparison's answers."""
+    return torch.tensor([len(c.answers) * max(len(answer) for answer in c.answers) for c in batch])
 
 
 def _comparison_scores(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bridle.batch import Batch, Evaluation, Policy
+from bridle.batch import Batch, Evaluation, Policy, Units
 from bridle.core.divergence import kl_k2, kl_k2_grad, kl_k3, kl_k3_grad
 from bridle.core.losses import (
     clipped_surrogate_loss,
@@ -25,6 +25,7 @@ from bridle.core.losses import (
 )
 from bridle.core.moments import masked_var, whiten
 from bridle.errors import ConfigError, NonFiniteStep
+from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
 from bridle.learn.step import (
@@ -114,6 +115,7 @@ def update(
     critic_only: bool = False,
     extra_loss: Callable[[int], Tensor] | None = None,
     epochs: Sequence[int] | None = None,
+    budget: MicroBudget | None = None,
 ) -> Iterator[UpdateStep]:
     """Take epochs × minibatches optimiser steps, yielding a record after each.
 
@@ -132,6 +134,7 @@ def update(
         extra_loss: given the count of steps taken so far in this update, a mean loss to add (an SFT mix).
         epochs: the passes to take, numbered from 0; all of ``settings.epochs`` by default. A caller that prepares the
             batch anew between passes takes them one at a time.
+        budget: in place of ``settings.micro_batch_tokens``: it shrinks where memory runs out.
 
     Raises:
         NonFiniteStep: a loss or gradient is not finite; that step was not applied.
@@ -151,10 +154,14 @@ def update(
             batch, settings.minibatches, order=order, whiten_here=settings.whiten == "minibatch", per=settings.per
         )
         for number, (rows, units, part) in enumerate(parts):
-            budget = settings.micro_batch_tokens
-            padding = None if budget is None else padding_share(units.lengths, budget)
             try:
-                seen = accumulate(policy, units, part, objective, micro_budget=budget)
+                seen = within_memory(
+                    budget or settings.micro_batch_tokens,
+                    units.lengths,
+                    partial(_accumulate, policy, units, part, objective),
+                    optimiser.zero_grad,
+                )
+                held = settings.micro_batch_tokens if budget is None else budget.tokens
                 record = partial(
                     UpdateStep,
                     epoch=epoch,
@@ -162,7 +169,7 @@ def update(
                     objective=objective,
                     part=part,
                     seen=seen,
-                    padding_share=padding,
+                    padding_share=None if held is None else padding_share(units.lengths, held),
                 )
                 if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
                     optimiser.zero_grad()
@@ -276,6 +283,10 @@ def _unit(advantages: Float[Tensor, " N"]) -> float:
         return 1.0
     deviation = float(masked_var(advantages)) ** 0.5
     return deviation if deviation > _LEAST_DEVIATION * float(advantages.abs().max()) else 1.0
+
+
+def _accumulate(policy: Policy, units: Units, part: Minibatch, objective: PPOObjective, tokens: int | None) -> Seen:
+    return accumulate(policy, units, part, objective, micro_budget=tokens)
 
 
 def _needed(exact: Tensor | None) -> Tensor:
