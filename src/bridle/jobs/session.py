@@ -258,9 +258,13 @@ class Session:
         with self.run.checkpoint(step) as folder:
             save(folder)
         self._saved_at = time.monotonic()
-        self.run.prune(self._settings.keep_checkpoints, keep=self._kept())
+        self.prune()
         if stopping:
             raise Stopped(f"stopped after step {step}; go on with: bridle resume {self.run.path}")
+
+    def prune(self) -> None:
+        """Remove the checkpoints that need not stay."""
+        self.run.prune(self._settings.keep_checkpoints, keep=self._kept())
 
     def _note_best(self, step: int, metrics: Mapping[str, Json]) -> None:
         """Remember the metric that ``keep_best`` names, turned so that higher is better."""
@@ -368,9 +372,12 @@ def open_session(
                 text = "forced: from here on another run than it was, because " + "; ".join(changes)
                 run.event("forced", text, changes=changes)
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
-        return Session(
+        session = Session(
             run, settings, device=device, checkpoint=checkpoint, console=console, resumed=resume, force=force
         )
+        if checkpoint is not None:
+            session.prune()  # a run that died between its last checkpoint and this has no other to do it after
+        return session
     except BaseException as error:
         if isinstance(error, UserError) and not resume:
             run.discard()
