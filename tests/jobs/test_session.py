@@ -325,6 +325,36 @@ def test_the_best_checkpoint_is_still_known_after_a_resume(tmp_path: Path) -> No
     assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [1, 10]
 
 
+def test_a_run_that_died_before_it_pruned_is_pruned_when_it_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ToyConfig(run=settings(tmp_path, keep_checkpoints=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "prune", lambda *_, **__: None)
+        toy(config)
+    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [4, 8, 10]
+    toy(config, resume=True)
+    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [10]
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("-stat", "did you mean 'state'?"), ("xyz", "there are state")])
+def test_a_misspelt_metric_to_keep_by_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, remedy: str
+) -> None:
+    config = ToyConfig(run=settings(tmp_path, quiet=False, keep_best=name))
+    toy(config)
+    text = f"run.keep_best: no number {name.removeprefix('-')!r} was recorded up to step 4; {remedy}"
+    assert capsys.readouterr().err.count(text) == 1
+    assert [event["text"] for event in Run.open(config.run.dir).events() if event["kind"] == "keep_best"] == [text]
+
+
+@pytest.mark.parametrize("name", ["state", "-state", None])
+def test_a_metric_that_is_there_is_not_doubted(tmp_path: Path, name: str | None) -> None:
+    config = ToyConfig(run=settings(tmp_path, keep_best=name))
+    toy(config)
+    assert not [event for event in Run.open(config.run.dir).events() if event["kind"] == "keep_best"]
+
+
 def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self, cast
@@ -158,6 +159,7 @@ class Session:
         self._resumed = resumed
         self._saved_at = time.monotonic()
         self._best: dict[int, float] = {}
+        self._doubted = False
         for row in run.metrics() if settings.keep_best is not None else ():
             self._note_best(cast("int", row["step"]), row)
         self._restore = ExitStack()
@@ -259,6 +261,7 @@ class Session:
             save(folder)
         self._saved_at = time.monotonic()
         self.prune()
+        self._doubt_best(step)
         if stopping:
             raise Stopped(f"stopped after step {step}; go on with: bridle resume {self.run.path}")
 
@@ -272,6 +275,20 @@ class Session:
         value = None if name is None else metrics.get(name.removeprefix("-"))
         if name is not None and isinstance(value, int | float) and not math.isnan(value):
             self._best[step] = -float(value) if name.startswith("-") else float(value)
+
+    def _doubt_best(self, step: int) -> None:
+        """Say once, after a checkpoint, that nothing was recorded by the name in ``keep_best``: it may be misspelt."""
+        if self._settings.keep_best is None or self._best or self._doubted:
+            return
+        self._doubted = True
+        name = self._settings.keep_best.removeprefix("-")
+        names = sorted({recorded for row in self.run.metrics() for recorded in row} - {"step"})
+        near = get_close_matches(name, names, 1)
+        text = f"run.keep_best: no number {name!r} was recorded up to step {step}" + (
+            f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
+        )
+        self.run.event("keep_best", text, step=step)
+        self.say(text)
 
     def _kept(self) -> set[int]:
         """Steps whose checkpoints stay besides the newest."""
