@@ -146,6 +146,17 @@ def test_a_critic_that_diverged_is_found_before_the_update(
     assert replayed(folder, capsys)[1].startswith("weights: critic.")
 
 
+def test_a_policy_that_diverged_is_found_while_it_samples(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = PPOSettings(epochs=1, minibatches=1)
+    folder = stopped(ppo.run, ppo_config(world, tmp_path / "run", actor=WILD, ppo=settings))
+    assert folder.name == "step-2"
+    assert report(folder)["what"] == "the policy's log-probability while sampling"
+    assert replayed(folder, capsys)[1].startswith("forward: the output of actor.")
+    assert not list(Run.open(tmp_path / "run").path.glob("samples/step-2*"))
+
+
 def test_a_huge_score_is_seen_again(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = stopped(ppo.run, huge(world, tmp_path / "run"))
     assert len(report(folder)["rows"]) >= 1

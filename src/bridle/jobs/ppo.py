@@ -13,16 +13,17 @@ from torch import Tensor
 
 from bridle.core.divergence import AdaptiveCoefficient
 from bridle.core.moments import Moments
-from bridle.errors import ConfigError, DataError, NonFiniteStep, ScorerError
+from bridle.errors import ConfigError, DataError, NonFiniteLogits, NonFiniteStep, ScorerError
 from bridle.jobs.accounts import Accounts, TimedScorer
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence, skipped
+from bridle.jobs.judging import tell_mishaps
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
 from bridle.jobs.sources import LANGUAGE, of_data, of_functions, of_model
 from bridle.language.account import resident_memory
 from bridle.language.collect import Episode, PromptTokens, collect, prompts_of_step
 from bridle.language.data import DataSettings
 from bridle.language.evaluate import WithGold, assess
-from bridle.language.evidence import segments_to
+from bridle.language.evidence import segments_to, unsampled
 from bridle.language.memory import MemoryEstimate, estimate_memory, require_memory
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
@@ -168,10 +169,10 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                 account, critic_only = world.accounts.step(world.scorer), step <= config.critic.warmup_steps
                 optimiser.schedule(step - 1)
                 try:
-                    episodes = account.lap("collect", _collect(config, world, session.seed, step))
-                finally:
-                    judged = _tell_mishaps(world, session, step)
-                try:
+                    try:
+                        episodes = account.lap("collect", _collect(config, world, session.seed, step))
+                    finally:
+                        judged = tell_mishaps(world.mishaps, session, step)
                     prepared = account.lap("prepare", _prepare(config, world, state, episodes, budget))
                     _tell_gap(prepared, session, step)
                     took = _update(config, world, state, optimiser, prepared, session.seed, step, budget)
@@ -314,17 +315,21 @@ def open_prompts(config: PPOConfig, roles: Roles) -> tuple[list[PromptTokens], l
 
 def _collect(config: PPOConfig, world: _World, seed: int, step: int) -> list[Episode]:
     chosen = prompts_of_step(len(world.prompts), config.prompts_per_step, seed=seed, step=step - 1)
-    episodes = collect(
-        world.roles.sampler,
-        world.scorer,
-        world.decode,
-        [world.prompts[i] for i in chosen],
-        config.sampling,
-        answers_per_prompt=config.answers_per_prompt,
-        seed=seed,
-        stream="rollout",
-        step=step,
-    )
+    prompts = [world.prompts[i] for i in chosen]
+    try:
+        episodes = collect(
+            world.roles.sampler,
+            world.scorer,
+            world.decode,
+            prompts,
+            config.sampling,
+            answers_per_prompt=config.answers_per_prompt,
+            seed=seed,
+            stream="rollout",
+            step=step,
+        )
+    except NonFiniteLogits as error:
+        raise unsampled([prompt.ids for prompt in prompts]) from error
     if len(episodes) < config.ppo.minibatches:
         raise ScorerError(
             f"step {step}: the judges left {len(episodes)} answers for {config.ppo.minibatches} minibatches; mend them"
@@ -460,26 +465,13 @@ def _evaluate(config: PPOConfig, world: _World, session: Session, step: int) -> 
             answers_per_prompt=config.answers_per_prompt if config.reward.sees_groups else 1,
         )
     finally:
-        _tell_mishaps(world, session, step)
+        tell_mishaps(world.mishaps, session, step)
     metrics = found.metrics()
     session.record(step, {f"evaluation/{name}": value for name, value in metrics.items()})
     session.run.samples(step, found.rows(), name="evaluation")
     gold = [name for name in metrics if name.startswith("score/gold/") and not name.endswith("_ci95")]
     shown = " | ".join(f"{name} {metrics[name]:.3g}" for name in ("score", *gold, "exact_kl", "entropy", "length"))
     session.say(f"held-out, step {step}: {shown}")
-
-
-def _tell_mishaps(world: _World, session: Session, step: int) -> dict[str, float]:
-    """Keep what went wrong with the judges as events, and count it: ``judge/NAME/OUTCOME``, absent where it is 0."""
-    counts: dict[str, float] = {}
-    for mishap in world.mishaps:
-        text = f"step {step}: {mishap.text}; {mishap.outcome}: {mishap.answers} answers of judge {mishap.judge}"
-        session.run.event("judge", text, step=step, judge=mishap.judge, outcome=mishap.outcome, answers=mishap.answers)
-        session.say(text)
-        name = f"judge/{mishap.judge}/{mishap.outcome}"
-        counts[name] = counts.get(name, 0.0) + (mishap.answers if mishap.outcome == "dropped" else 1)
-    world.mishaps.clear()
-    return counts
 
 
 def _tell_gap(prepared: Prepared, session: Session, step: int) -> None:

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bridle.errors import NonFiniteStep
 from bridle.language.comparisons import Comparison
 from bridle.language.data import Encoded
 from bridle.language.segments import Segments
+from bridle.learn.step import Evidence
 
 __all__ = [
     "comparisons_from",
@@ -19,6 +21,7 @@ __all__ = [
     "demonstrations_to",
     "segments_from",
     "segments_to",
+    "unsampled",
 ]
 
 
@@ -82,3 +85,11 @@ def _joined(ids: Sequence[Int[Tensor, " L"]]) -> dict[str, Tensor]:
 
 def _apart(tensors: Mapping[str, Tensor]) -> tuple[Int[Tensor, " L"], ...]:
     return torch.split(tensors["ids"], tensors["lengths"].tolist())
+
+
+def unsampled(prompts: Sequence[Int[Tensor, " P"]]) -> NonFiniteStep:
+    """Return the fault of prompts that could not be answered; in its evidence token 0 stands for each answer."""
+    fault = NonFiniteStep("the policy's log-probability while sampling", tuple(range(len(prompts))))
+    units = Segments.of(prompts, [torch.tensor([0])] * len(prompts))
+    fault.evidence = Evidence(units=units, minibatch=None, objective=None)
+    return fault
