@@ -59,6 +59,14 @@ def make_runs(world: Path) -> None:
     assert main((*train("CartPole-v1"), "--run.dir", "agent", "--run.checkpoint-every", "1")) == 0
 
 
+def make_faults(world: Path) -> None:
+    """Leave ``fault``: the evidence of a step of SFT whose loss was not finite."""
+    wild = ("--optim.lr", "1e30", "--optim.warmup-steps", "0", "--optim.schedule", "constant")
+    assert main((*SFT, "--run.dir", "wild", *wild)) == 1
+    (kept,) = (world / "wild" / "faults").iterdir()
+    kept.rename(world / "fault")
+
+
 def _copied(run: str, change: Callable[[Path], object] = lambda path: None) -> Callable[[Path], object]:
     def before(world: Path) -> None:
         change(Path(shutil.copytree(world / run, world / "r")))
@@ -158,6 +166,48 @@ def run_mistakes() -> Iterator[Mistake]:
         notes = ("r/events.jsonl",) if "checkpoint" in what or "manifest" in what else ()
         before = _copied("failed", change)
         yield Mistake(group=group, what=what, arguments=RESUME, before=before, notes=notes, until=until)
+
+
+def fault_mistakes() -> Iterator[Mistake]:
+    """The evidence of a faulty step, and what happened in a run."""
+    group, replay = "Faults and events", ("replay", "r")
+    for what, arguments in {
+        "replaying nothing": ("replay",),
+        "replaying an option": ("replay", "--step"),
+        "replaying what is not there": ("replay", "nowhere"),
+        "replaying a run": ("replay", "failed"),
+        "the events of nothing": ("events",),
+        "the events of two": ("events", "failed", "agent"),
+        "the events of what is no run": ("events", "taken"),
+    }.items():
+        yield Mistake(group=group, what=what, arguments=arguments)
+
+    def edited(**changes: object) -> Callable[[Path], object]:
+        return _copied("fault", lambda folder: edit(folder / "report.json", **changes))
+
+    elsewhere = _replaced("report.json", '"path": "model"', '"path": "./gone"')
+    cases: dict[str, tuple[Callable[[Path], object], str]] = {
+        "a report torn": (
+            _copied("fault", lambda folder: (folder / "report.json").write_text("{")),
+            "not valid JSON (",
+        ),
+        "a report of another format": (edited(format=99), ""),
+        "a report without a step": (edited(step=None), ""),
+        "a report of a job that is unknown": (edited(job="tea"), ""),
+        "a report of another job": (edited(job="ppo"), ""),
+        "a report whose settings are a list": (edited(config=[]), ""),
+        "a batch that is gone": (_copied("fault", lambda folder: (folder / "batch.safetensors").unlink()), ""),
+        "weights with a flipped bit": (_copied("fault", lambda folder: _flip(folder / "weights.safetensors")), ""),
+        "a model that has moved": (_copied("fault", elsewhere), ""),
+        "a model of another shape": (
+            _copied("fault", _replaced("report.json", '"path": "model"', '"path": "narrow"')),
+            "settings name (",
+        ),
+    }
+    for what, (before, until) in cases.items():
+        yield Mistake(group=group, what=what, arguments=replay, before=before, until=until)
+    damaged = _copied("failed", lambda run: (run / "events.jsonl").write_text("nonsense\n"))
+    yield Mistake(group=group, what="events that are damaged", arguments=("events", "r"), before=damaged)
 
 
 def _with(run: Path, group: str, name: str | None, value: object) -> None:
@@ -273,4 +323,13 @@ def saved_mistakes() -> Iterator[Mistake]:
         yield Mistake(group=group, what=what, python=python, before=before, until=until)
 
 
-__all__ = ["make_odd_runs", "make_runs", "python_mistakes", "run_mistakes", "saved_mistakes", "world_mistakes"]
+__all__ = [
+    "fault_mistakes",
+    "make_faults",
+    "make_odd_runs",
+    "make_runs",
+    "python_mistakes",
+    "run_mistakes",
+    "saved_mistakes",
+    "world_mistakes",
+]

@@ -91,6 +91,7 @@ def all_mistakes() -> Iterator[Mistake]:
     yield from mistakes.judge_mistakes()
     yield from mistakes_of_runs.world_mistakes()
     yield from mistakes_of_runs.run_mistakes()
+    yield from mistakes_of_runs.fault_mistakes()
     yield from mistakes_of_runs.python_mistakes()
     yield from mistakes_of_runs.saved_mistakes()
 
@@ -106,6 +107,7 @@ def working_directory(path: Path) -> Iterator[Path]:
         with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True), as_users_see_it():
             mistakes_of_runs.make_runs(path)
             mistakes_of_runs.make_odd_runs(path)
+            mistakes_of_runs.make_faults(path)
             yield path
     finally:
         os.chdir(before)

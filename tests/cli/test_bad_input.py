@@ -79,12 +79,20 @@ def test_a_judge_that_fails_later_leaves_what_was_recorded(bridle: Bridle, faile
     assert bridle("resume", "r") == (0, "r has finished; there is nothing to resume\n", "")
 
 
-def test_a_damaged_checkpoint_is_passed_over(bridle: Bridle, r: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_where_that_is_asked_for(bridle: Bridle, r: Path) -> None:
     weights = r / "checkpoints" / "step-1" / "policy" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
+    before = contents(r)
     code, _, err = bridle("resume", "r")
+    assert (code, err.count("\n")) == (2, 1)
+    assert (
+        "r: no checkpoint is whole (step-1 damaged); put one back, or begin again with: bridle resume r --force" in err
+    )
+    after = contents(r)
+    assert {name for name in {**before, **after} if before.get(name) != after.get(name)} <= {"events.jsonl"}
+    code, _, err = bridle("resume", "r", "--force")
     assert (code, err.count("\n")) == (2, 1)  # begun again, so the judge fails again at step 2
     assert "the judge is down" in err
     run = Run.open(r)

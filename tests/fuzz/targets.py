@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from bridle.cli.arguments import parse
-from bridle.cli.listing import _row, find_runs
+from bridle.cli.listing import _row, event_rows, find_runs
 from bridle.cli.main import COMMANDS
+from bridle.cli.plain import plain
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import action_spec, observation_spec
 from bridle.core.moments import Moments
-from bridle.errors import UserError
+from bridle.errors import RunError, UserError
 from bridle.jobs.commands import command
 from bridle.jobs.config import from_dict, require_sane, to_dict
 from bridle.jobs.control import ControlConfig
@@ -143,12 +144,10 @@ def _data_seeds(folder: Path) -> list[bytes]:
 def _config(data: bytes, folder: Path) -> None:
     """The first byte picks the job; settings that are accepted stay the same through config.json."""
     kept = _CONFIGS[list(_CONFIGS)[(data[0] if data else 0) % len(_CONFIGS)]]
-    try:
-        values = json.loads(data[1:])
-    except (ValueError, RecursionError):
-        return
+    (folder / "asked.json").write_bytes(data[1:])
+    values = load_json(folder / "asked.json")
     if not isinstance(values, dict):
-        return
+        raise RunError("no settings")
     config = from_dict(type(kept), values)
     require_sane(config)
     save_json(folder / "c.json", to_dict(config))
@@ -216,7 +215,7 @@ def _records(data: bytes, folder: Path) -> None:
     run.state()
     rows = run.metrics()
     run.timings()
-    run.events()
+    "".join(plain(cell) for row in event_rows(run_folder) for cell in row).encode()
     with Run.open(run_folder, write=True) as taken:
         taken.rewind(1)
         assert all(isinstance(row["step"], int) and row["step"] <= 1 for row in taken.metrics())
@@ -320,7 +319,9 @@ TARGETS = {
             name="records",
             reads=("runs/directory.py", "runs/files.py", "cli/listing.py"),
             prepare=_make_run,
-            seeds=lambda folder: [(folder / "run" / f"{name}.jsonl").read_bytes() for name in ("metrics", "timing")],
+            seeds=lambda folder: [
+                (folder / "run" / f"{name}.jsonl").read_bytes() for name in ("metrics", "timing", "events")
+            ],
             run=_records,
         ),
         Target(

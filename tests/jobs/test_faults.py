@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from bridle.cli.main import main
 from bridle.errors import TrainingError
 from bridle.jobs import control, ppo, reward, sft
+from bridle.jobs.faults import digests
 from bridle.jobs.session import RunSettings
 from bridle.language.roles import CriticSettings
 from bridle.language.scorers import JudgingSettings, RewardSettings
@@ -244,6 +245,9 @@ def test_a_replay_that_finds_nothing_says_so(world: Path, tmp_path: Path, capsys
     folder = stopped(sft.run, sft_config(world, tmp_path / "run", optim=WILD))
     tensors = load_tensors(folder / "weights.safetensors")
     save_tensors(folder / "weights.safetensors", {name: t.clamp(-0.1, 0.1) for name, t in tensors.items()})
+    assert main(["replay", str(folder)]) == 2
+    assert "weights.safetensors is not what was kept" in capsys.readouterr().err
+    (folder / "report.json").write_text(json.dumps(report(folder) | {"files": digests(folder)}))
     assert main(["replay", str(folder)]) == 1
     assert "here everything is" in capsys.readouterr().err
     (folder / "report.json").write_text(json.dumps(report(folder) | {"job": "other"}))

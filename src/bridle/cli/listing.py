@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bridle.cli.plain import plain
 from bridle.errors import RunError
 from bridle.runs import Run
 from bridle.runs.files import JsonObject
 
-__all__ = ["find_runs", "print_events", "print_runs"]
+__all__ = ["event_rows", "find_runs", "print_events", "print_runs"]
 
 SHOWN = 4
 """How many of the last record's numbers are shown."""
@@ -55,18 +56,29 @@ def print_runs(folder: Path) -> None:
         return
     table = Table("run", "job", "state", "step", "last numbers", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     console = Console()
     console.print(table) if console.is_terminal else Console(width=240).print(table)
 
 
+def _when(seconds: object) -> str:
+    """Write a POSIX time as UTC; – for what is none."""
+    if not isinstance(seconds, int | float) or not 0 <= seconds < 253_402_300_800:  # the end of the year 9999
+        return "–"
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def event_rows(path: Path) -> list[tuple[str, str, str]]:
+    """Return a run's events, oldest first: when (UTC), what kind, what is said of it."""
+    return [
+        (_when(event.get("time")), str(event.get("kind")), str(event.get("text"))) for event in Run.open(path).events()
+    ]
+
+
 def print_events(path: Path) -> None:
-    """Print a run's events, oldest first: when (UTC), what kind, what is said of it."""
+    """Print a run's events, as :func:`event_rows` gives them."""
     table = Table("time", "kind", "what happened", box=None, pad_edge=False)
-    for event in Run.open(path).events():
-        when = event.get("time")
-        seconds = float(when) if isinstance(when, int | float) else 0.0
-        at = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(*map(Text, (at, str(event.get("kind")), str(event.get("text")))))
+    for row in event_rows(path):
+        table.add_row(*(Text(plain(cell)) for cell in row))
     console = Console()
     console.print(table) if console.is_terminal else Console(width=400).print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridle import __version__
+from bridle.cli.plain import plain
 from bridle.errors import BridleError, RunError, UserError
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def _run_job(name: str, arguments: Sequence[str]) -> None:
     from bridle.cli.arguments import parse
 
     command = COMMANDS[name]
+    _here()  # before PyTorch's libraries find it gone, which end the process
     config_class, run = command.load()
     with _finding_modules_here():
         default = _start(command, arguments)
@@ -140,13 +141,17 @@ def _call(command: JobCommand, run: Callable[[], Path]) -> None:
         raise command.missing(error) from None
 
 
+def _here() -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        raise UserError("the working directory is no more; change to one that is there") from None
+
+
 @contextmanager
 def _finding_modules_here() -> Iterator[None]:
     """Let the user's environments and judges be imported from the working directory, which is looked at last."""
-    try:
-        here = str(Path.cwd())
-    except FileNotFoundError:
-        raise UserError("the working directory is no more; change to one that is there") from None
+    here = _here()
     sys.path.append(here)
     try:
         yield
@@ -175,6 +180,7 @@ def _resume(arguments: Sequence[str]) -> None:
     path = _one_path("resume", [argument for argument in arguments if argument != "--force"], None)
     if path is None:
         return
+    _here()
     from bridle.runs import Run, RunState
 
     run = Run.open(path)
@@ -220,10 +226,11 @@ def _replay(arguments: Sequence[str]) -> None:
     path = _one_path("replay", arguments, None)
     if path is None:
         return
+    _here()
     from bridle.jobs.replay import replay
 
     with _finding_modules_here():
-        print("\n".join(replay(path)))
+        print("\n".join(map(plain, replay(path))))
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
@@ -252,10 +259,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def _complain(text: str) -> None:
-    """Print one line; what others' code has said may hold colours and other control characters, which are left out."""
-    whole = text.encode("utf-8", "backslashreplace").decode()  # an argument may hold bytes that are no text
-    plain = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", whole).split())
-    print("bridle: " + "".join(character for character in plain if character.isprintable()), file=sys.stderr)
+    """Print one line."""
+    print(f"bridle: {plain(text)}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """What becomes of a step that is not finite: its evidence is kept, and the run stops or skips the step.
 
-``faults/step-N/`` holds ``report.json`` (what was not finite, in which rows and parameters, and the settings),
+``faults/step-N/`` holds ``report.json`` (what was not finite, in which rows and parameters, the settings, checksums),
 ``batch.safetensors`` and the weights before the step; ``bridle replay`` sees it again from these alone.
 """
 
@@ -21,9 +21,9 @@ from bridle.learn.a2c import A2CObjective
 from bridle.learn.ppo import PPOObjective
 from bridle.learn.step import Evidence, Minibatch, Objective
 from bridle.runs.checkpoints import remove_folder, save_json, save_tensors, whole_folder
-from bridle.runs.files import Json
+from bridle.runs.files import Json, file_digest
 
-__all__ = ["FORMAT", "Kept", "contain", "evidence_of", "minibatch_from", "of_evidence", "skipped"]
+__all__ = ["FORMAT", "Kept", "contain", "digests", "evidence_of", "minibatch_from", "of_evidence", "skipped"]
 
 FORMAT = 1
 """Version of a fault's folder."""
@@ -55,7 +55,7 @@ def contain(session: Session, step: int, fault: NonFiniteStep, config: object, k
         with whole_folder(folder) as aside:
             kept.save_weights(aside)
             save_tensors(aside / "batch.safetensors", dict(kept.tensors))
-            save_json(aside / "report.json", _report(session, step, fault, config, kept))
+            save_json(aside / "report.json", {**_report(session, step, fault, config, kept), "files": digests(aside)})
         where = f"kept in {folder}; look at it with: bridle replay {folder}"
         _prune(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -71,6 +71,12 @@ def contain(session: Session, step: int, fault: NonFiniteStep, config: object, k
         return
     more = f"; {limit} steps before it were skipped already" if session.settings.on_fault == "skip" else ""
     raise TrainingError(text + more) from fault
+
+
+def digests(folder: Path) -> dict[str, Json]:
+    """Return the SHA-256 of every tensor file of a fault, by which a replay knows that it is whole."""
+    found = sorted(folder.rglob("*.safetensors"))
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in found}
 
 
 def skipped(fault: NonFiniteStep, lrs: Mapping[str, float]) -> dict[str, float]:

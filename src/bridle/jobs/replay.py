@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bridle.errors import NonFiniteStep, RunError, TrainingError
 from bridle.jobs.config import from_dict
-from bridle.jobs.faults import FORMAT, minibatch_from
+from bridle.jobs.faults import FORMAT, digests, minibatch_from
 from bridle.learn.a2c import A2CObjective
 from bridle.learn.ppo import PPOObjective
 from bridle.learn.step import HandDifferentiated, Minibatch, Objective, accumulate, add_loss
@@ -158,17 +158,18 @@ def _report(folder: Path) -> JsonObject:
     report = load_json(folder / "report.json")
     if not isinstance(report, dict) or report.get("format") != FORMAT:
         raise RunError(f"{folder / 'report.json'} is not of fault format {FORMAT}; use the bridle that wrote it")
-    for name in ("job", "step", "what", "config"):
-        if name not in report:
-            raise RunError(f"{folder / 'report.json'} lacks {name!r}; it is damaged")
+    for name, kind in {"job": str, "step": int, "what": str, "config": dict, "files": dict}.items():
+        if not isinstance(report.get(name), kind):
+            raise RunError(f"{folder / 'report.json'} lacks {name!r}, or holds something else there; restore it")
+    kept = digests(folder)
+    for name, digest in cast("JsonObject", report["files"]).items():
+        if kept.get(name) != digest:
+            raise RunError(f"{folder / name} is not what was kept: missing or altered; a replay needs it as it was")
     return cast("JsonObject", report)
 
 
 def _config(kind: type[Any], report: JsonObject) -> Any:
-    values = report["config"]
-    if not isinstance(values, Mapping):
-        raise RunError("report.json's config is damaged; use the one of the run")
-    return from_dict(kind, values)
+    return from_dict(kind, cast("JsonObject", report["config"]))
 
 
 def _device(name: str) -> torch.device:
@@ -187,7 +188,7 @@ def _objective(value: Json) -> Objective | None:
     if not isinstance(value, Mapping):
         return None
     fields = {name: item for name, item in value.items() if name != "kind"}
-    return from_dict(A2CObjective, fields) if value["kind"] == "a2c" else from_dict(PPOObjective, fields)
+    return from_dict(A2CObjective, fields) if value.get("kind") == "a2c" else from_dict(PPOObjective, fields)
 
 
 def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
