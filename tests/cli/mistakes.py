@@ -120,6 +120,9 @@ def config_mistakes() -> Iterator[Mistake]:
         "nobody judges": UNJUDGED,
         "a weight too many": (*PPO, "--reward.weights", "1", "2"),
         "a weight beyond all scores": (*PPO, "--reward.weights", "1e308"),
+        "a judge that is given no time": (*PPO, "--reward.judging.timeout", "0"),
+        "a judge that is asked fewer than no times": (*PPO, "--reward.judging.retries", "-1"),
+        "a judge that is waited for backwards": (*PPO, "--reward.judging.wait", "-1"),
         "a pad token for no reward model": (*PPO, "--reward.pad-token", "x"),
         "the same judge twice": (*UNJUDGED, "--reward.functions", "judges.py:good", "judges.py:good"),
         "0 demonstrations": (*QUICKSTART, "--scale.demonstrations", "0"),
@@ -325,6 +328,7 @@ def model_mistakes() -> Iterator[Mistake]:
         ("a torn template", "torn", "line 1:"),
         ("a template that refuses", "refusing", ""),
         ("a template that fails", "failing", "TypeError:"),
+        ("a template that counts to 10⁹", "counting", "OverflowError:"),
         ("a template that reaches for Python", "breaking-out", "messages:"),
         ("a template without an end", "endless", ""),
         ("a template that rewrites", "rewriting", ""),
@@ -357,6 +361,8 @@ def judge_mistakes() -> Iterator[Mistake]:
         "no name of a function": ":",
     }.items():
         yield Mistake(group="Judges", what=what, arguments=judged(name))
+    hanging = (*judged("hangs"), "--reward.judging.timeout", "0.2")
+    yield Mistake(group="Judges", what="it hangs", arguments=hanging)
 
 
 def write_data(world: Path) -> None:
@@ -375,6 +381,7 @@ def write_data(world: Path) -> None:
     for name, records in rows.items():
         (world / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (world / "breaking-out.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    (world / "counting.jinja").write_text("{% for i in range(10**9) %}x{% endfor %}")
     (world / "rewriting.jinja").write_text(
         "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     )

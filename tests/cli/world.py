@@ -16,7 +16,7 @@ from bridle.random import torch_rng
 from tests.language.tiny import byte_tokenizer, tiny_config, tiny_model
 
 JUDGES = """
-import os, signal
+import os, signal, threading
 import numpy as np
 
 calls = 0
@@ -53,6 +53,7 @@ def matrix(prompts, completions): return np.zeros((len(completions), 2))
 def needs(prompts, completions, solution): return [1.0] * len(completions)
 def alone(prompts): return [1.0]
 def huge(prompts, completions): return [1e308] * len(completions)
+def hangs(prompts, completions): threading.Event().wait()
 def unsigned(prompts, completions): return [1.0] * len(completions)
 unsigned.__signature__ = "none"
 async def stream(prompts, completions): yield 1.0
@@ -284,7 +285,18 @@ SFT = ("sft", *RUN, "--model.path", "model", "--data.path", "good.jsonl", "--bat
 REWARD = ("reward", *RUN, "--model.path", "model", "--data.path", "good.jsonl")
 SMALL = ("--steps", "2", "--prompts-per-step", "2", "--sampling.max-new-tokens", "3", "--evaluation.held-out", "2")
 ONCE = ("--ppo.minibatches", "1", "--ppo.epochs", "1", "--run.checkpoint-every", "1")
-UNJUDGED = ("ppo", *RUN, *SMALL, *ONCE, "--model.path", "model", "--prompts.path", "good.jsonl")
+UNJUDGED = (
+    "ppo",
+    *RUN,
+    *SMALL,
+    *ONCE,
+    "--reward.judging.retries",
+    "0",
+    "--model.path",
+    "model",
+    "--prompts.path",
+    "good.jsonl",
+)
 PPO = (*UNJUDGED, "--reward.functions", "judges.py:good")
 EVALUATE = ("evaluate", "model", "--prompts", "good.jsonl", "--functions", "judges.py:good", "--max-new-tokens", "3")
 LITTLE = ("--total-steps", "32", "--n-steps", "8", "--world.num-envs", "2", "--evaluation.final-episodes", "5")

@@ -183,14 +183,14 @@ def _words_seeds(folder: Path) -> list[bytes]:
 def _make_run(folder: Path) -> None:
     """Leave a run with records, and a checkpoint."""
     with Run.create(folder / "run", "ppo", to_dict(_CONFIGS["ppo"])) as run:
-        run.event("start", "started")
+        run.event("start", "started", step=1)
         for step in (1, 2):
             run.record(step, {"score": step / 2, "phase": "final", "kl": float("nan"), "none": None})
             run.timing(step, seconds=1.0)
         with run.checkpoint(2) as saved:
             save_tensors(saved / "state.safetensors", {"mean": torch.zeros(3), "count": torch.ones(())})
             save_json(saved / "state.json", {"step": 2, "scores": {"1": [0.5]}})
-        run.event("finish", "finished")
+        run.event("finish", "finished", step=2)
 
 
 def _run_head(data: bytes, folder: Path) -> None:
