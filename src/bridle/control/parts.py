@@ -230,7 +230,7 @@ def single(raw: Any, part: Part) -> NDArray[Any]:
     """
     try:
         own = np.asarray(at(raw, part.path))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{named(part.path)} is missing or of no even shape; this policy sees it ({error})") from error
     if own.shape != part.shape:
         raise ModelError(f"{named(part.path)} of shape {own.shape}; this policy sees {part.shape}")

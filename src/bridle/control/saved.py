@@ -218,7 +218,7 @@ def _check_widths(path: Path, tensors: Mapping[str, torch.Tensor], widths: tuple
 def _network(data: Mapping[str, Any]) -> NetworkSettings:
     try:
         settings = NetworkSettings(**{**data, "hidden": tuple(int(width) for width in data["hidden"])})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"the saved policy's network is not one that this bridle knows: {error}") from error
     return settings
 
