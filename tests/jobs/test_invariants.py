@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bridle.batch import Units
 from bridle.cli.main import main
 from bridle.jobs import ppo
 from bridle.jobs.ppo import EvaluationSettings, run
@@ -21,6 +22,7 @@ from bridle.language.sampler.reference import ReferenceSampler
 from bridle.language.scorers import RewardSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
+from bridle.learn.step import Seen, Slopes, Weighed
 from bridle.runs import Run
 from tests.jobs.small import ppo_config, small_world
 from tests.language.tiny import byte_tokenizer
@@ -106,13 +108,16 @@ def test_a_forward_pass_that_differs_under_gradients_is_told(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with dropout left on: what the update sees is not what was prepared."""
-    right = LanguagePolicy.forward
+    right = LanguagePolicy.differentiate
 
-    def noisy(self: LanguagePolicy, *arguments: Any, **options: Any) -> Any:
-        found = right(self, *arguments, **options)
-        return replace(found, logp=found.logp + 1e-3) if torch.is_grad_enabled() else found
+    def noisy(self: LanguagePolicy, units: Units, slopes: Weighed) -> Seen:
+        def shifted(seen: Seen, rows: slice) -> Slopes:
+            return slopes(replace(seen, logp=seen.logp + 1e-3), rows)
 
-    monkeypatch.setattr(LanguagePolicy, "forward", noisy)
+        seen = right(self, units, shifted)
+        return replace(seen, logp=seen.logp + 1e-3)
+
+    monkeypatch.setattr(LanguagePolicy, "differentiate", noisy)
     run(ppo_config(world, tmp_path / "run", sampling=ANSWERS))
     assert told(tmp_path / "run") == [("first_ratio", True)]
 

@@ -451,15 +451,14 @@ def test_settings_build_a_jury_in_the_order_of_its_weights(tmp_path: Path, stori
     )
     spec = judge_file(tmp_path, body)
     _, tokenizer = load_causal_lm(ModelSettings(path=str(stories)))
-    settings = RewardSettings(
-        model=str(reward_folder),
-        functions=(f"{spec}:one",),
-        groups=(f"{spec}:rank",),
-        rankings=(f"{spec}:rank",),
-        weights=(0.0, 100.0, 10.0, 1.0),
-    )
-    with pytest.raises(ConfigError, match="a different name for each judge"):
-        build_scorer(settings, tokenizer)
+    with pytest.raises(ConfigError, match="each judge once"):
+        RewardSettings(
+            model=str(reward_folder),
+            functions=(f"{spec}:one",),
+            groups=(f"{spec}:rank",),
+            rankings=(f"{spec}:rank",),
+            weights=(0.0, 100.0, 10.0, 1.0),
+        )
     (tmp_path / "other.py").write_text(body)
     settings = RewardSettings(
         model=str(reward_folder),
@@ -478,7 +477,7 @@ def test_settings_build_a_jury_in_the_order_of_its_weights(tmp_path: Path, stori
     [
         ({}, "nobody judges the answers"),
         ({"functions": ("a:b",), "weights": (1.0, 2.0)}, "one weight for each of 1 judges"),
-        ({"functions": ("a:b",), "weights": (math.nan,)}, "expected finite numbers"),
+        ({"functions": ("a:b",), "weights": (math.nan,)}, "expected numbers from −1000 to 1000"),
         ({"functions": ("a:b",), "pad_token": "<pad>"}, "a reward model to use it"),
     ],
 )
