@@ -279,10 +279,12 @@ def judge(prompts, completions):
 def test_answers_without_a_score_are_left_out_counted_and_told(world: Path, tmp_path: Path) -> None:
     (world / "moody.py").write_text(MOODY)
     judged = RewardSettings(
-        functions=(f"{world}/moody.py:judge",), judging=JudgingSettings(retries=0, wait=0.0, on_failure="drop")
+        functions=(f"{world}/moody.py:judge",), judging=JudgingSettings(retries=1, wait=0.0, on_failure="drop")
     )
     ppo.run(ppo_config(world, tmp_path / "run", reward=judged, steps=3))
     run = Run.open(tmp_path / "run")
+    assert any(e["outcome"] == "retried" for e in run.events() if e["kind"] == "judge")
+    assert not any("retried" in name for row in run.metrics() for name in row), "asking again changes no number"
     told = {(e["step"], e["answers"]) for e in run.events() if e["kind"] == "judge" and e["outcome"] == "dropped"}
     rows = [row for row in run.metrics() if "clip_fraction" in row]
     counted = {(row["step"], row["judge/judge/dropped"]) for row in rows if "judge/judge/dropped" in row}

@@ -56,6 +56,9 @@ async def works(prompts, completions):
     calls.append(id(asyncio.get_running_loop()))
     return [3.0] * len(completions)
 
+def cancelled(prompts, completions):
+    raise asyncio.CancelledError
+
 def rubbish(prompts, completions):
     return [1.0, None, float("nan"), "good", 10**400, 1e39, [1.0], 2.0][: len(completions)]
 
@@ -129,6 +132,11 @@ def test_a_judge_that_does_not_ends_the_run(judges: Path) -> None:
     with pytest.raises(ScorerError, match="raised ConnectionError: busy"):
         scorer(judges, "fails_twice", mishaps, retries=1)(answers())
     assert [m.outcome for m in mishaps] == ["retried", "failed"]
+
+
+def test_a_plain_function_that_raises_a_cancellation_is_not_waited_for(judges: Path) -> None:
+    with pytest.raises(ScorerError, match="raised CancelledError"):
+        scorer(judges, "cancelled", [], retries=0)(answers())
 
 
 @pytest.mark.parametrize("name", ["hangs", "sleeps", "stubborn"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -186,7 +187,11 @@ class _Caller:
             for number, (first, second, columns) in enumerate(calls):
                 try:
                     result = self._function(first, second, **columns)
-                except (Exception, SystemExit) as error:  # whatever the user's code raises is the user's to mend
+                except (
+                    Exception,
+                    SystemExit,
+                    asyncio.CancelledError,
+                ) as error:  # the user's to mend
                     found[number] = self._failure(error)
                     continue
                 if inspect.isawaitable(result):
@@ -223,7 +228,7 @@ def _told(what: str, error: BaseException, home: str | None = None) -> ScorerErr
     return told
 
 
-def _raised(what: str, error: Exception | SystemExit) -> NoReturn:
+def _raised(what: str, error: BaseException) -> NoReturn:
     raise _told(what, error) from error
 
 
@@ -325,7 +330,11 @@ def _load_module(spec: str, where: str) -> ModuleType:
             raise ScorerError(
                 f"no module {where!r} for {spec!r}; Python files in the working directory: {here}"
             ) from error
-        except (Exception, SystemExit) as error:  # a module runs the user's code when it is imported
+        except (
+            Exception,
+            SystemExit,
+            asyncio.CancelledError,
+        ) as error:  # a module runs the user's code when it is imported
             _raised(f"importing {where!r}", error)
 
 
@@ -342,7 +351,7 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     with _searching(path.parent.resolve()):
         try:
             found.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # as above
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # as above
             _raised(f"importing {str(path)!r}", error)
     return module
 
