@@ -119,9 +119,9 @@ def test_a_world_that_cannot_serve_is_refused_in_one_line(env: str, words: str) 
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ("BridleTest/Raises-v0", "step raised KeyError: .*battery is empty"),
+        ("BridleTest/Raises-v0", "step of environment 0, after action 0, raised KeyError: .*battery is empty"),
         ("BridleTest/NaN-v0", "environment 0 showed an observation that is not finite"),
-        ("BridleTest/Infinite-v0", "the reward inf is not a finite number"),
+        ("BridleTest/Infinite-v0", "the reward inf of environment 0, after action 0, is not a finite number"),
     ],
 )
 def test_a_world_that_goes_wrong_is_told_in_one_line(env: str, words: str) -> None:

@@ -70,10 +70,12 @@ class Processes(AsyncVectorEnv):
         try:
             yield
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            wait([process.sentinel for process in self.processes], timeout=1.0)
-            codes = ((index, process.exitcode) for index, process in enumerate(self.processes))
-            for index, code in codes:
-                if code is not None:
+            ended = wait([process.sentinel for process in self.processes], timeout=1.0)
+            for index, process in enumerate(self.processes):
+                if process.sentinel not in ended:
+                    continue
+                process.join(timeout=1.0)  # the kernel closes its pipes a moment before it tells how it ended
+                if (code := process.exitcode) is not None:
                     error.add_note(f"{NOTE}{index}")
                     error.add_note(f"killed by signal {-code}" if code < 0 else f"left with exit code {code}")
                     break
