@@ -108,6 +108,47 @@ def test_what_it_drew_it_finds_as_likely_again() -> None:
     torch.testing.assert_close(evaluation.logp, torch.cat([a.logp for a in acted]), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(("width", "kind", "size", "settings"), SHAPES)
+def test_acting_through_a_rollout_writes_down_what_the_plain_path_says(
+    width: int, kind: str, size: int, settings: NetworkSettings
+) -> None:
+    policy, steps, rows = build(width, kind, size, settings), 7, 12
+    seen = units(width, kind, size, steps * rows).observations
+    each = [seen.select(slice(at, at + rows)) for at in range(0, steps * rows, rows)]
+    with torch.no_grad():
+        acting = policy.acting(each[0], steps, np.random.default_rng(3))
+        taken = [np.array(acting.act(shown, None)[0]) for shown in each]
+        assert np.array_equal(acting.actions().swapaxes(0, 1).numpy(), np.stack(taken))
+        plain = ActorCritic.forward(
+            policy, Transitions(observations=seen, actions=torch.from_numpy(np.concatenate(taken)))
+        )
+    torch.testing.assert_close(acting.logp().T.flatten(), plain.logp, rtol=1e-5, atol=2e-5)
+
+
+def test_choosing_is_a_draw_of_the_softmax() -> None:
+    """Pearson's χ² of 40,000 draws in one state against the plain path's π; 4 degrees of freedom, 99.99 % at 23.5."""
+    policy, steps, rows = build(*SHAPES[1]), 200, 200
+    state = units(9, "discrete", 5, 1).observations
+    shown = state.select(torch.zeros(rows, dtype=torch.int64))
+    with torch.no_grad():
+        acting = policy.acting(shown, steps, np.random.default_rng(11))
+        counts = np.bincount(np.concatenate([acting.act(shown, None)[0] for _ in range(steps)]), minlength=5)
+        expected = steps * rows * policy.distribution(state, None)[0].log_probs[0].exp().numpy()
+    assert ((counts - expected) ** 2 / expected).sum() < 23.5
+
+
+def test_gaussian_actions_have_the_deviation_that_they_say() -> None:
+    policy, steps, rows = build(*SHAPES[2]), 200, 100
+    shown = units(17, "box", 6, rows).observations
+    with torch.no_grad():
+        acting = policy.acting(shown, steps, np.random.default_rng(11))
+        drawn = np.stack([np.array(acting.act(shown, None)[0]) for _ in range(steps)])
+        mean, deviation = policy.actor(shown.vector).numpy(), policy.head.log_std.exp().numpy()  # type: ignore[union-attr]
+    z = (drawn - mean) / deviation
+    assert abs(z.mean()) < 4 / np.sqrt(z.size)
+    assert np.abs(z.reshape(-1, 6).std(axis=0) - 1).max() < 4 / np.sqrt(2 * z.size / 6)
+
+
 def test_two_passes_before_their_gradients_do_not_mix() -> None:
     policy = build(*SHAPES[2])
     one, other = units(17, "box", 6, 40, seed=1), units(17, "box", 6, 40, seed=2)

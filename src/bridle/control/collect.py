@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bridle.control.environments import World, WorldStep
 from bridle.control.observations import Observations
-from bridle.control.policy import Acted, ControlPolicy
+from bridle.control.policy import ControlPolicy
 from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
 from bridle.random import generator
@@ -104,18 +104,18 @@ class Recall:
         self._after: list[Tensor] = []
         self._fresh: list[NDArray[np.bool_]] = []
 
-    def take(self, acted: Acted, taken: WorldStep) -> None:
-        """Follow one step: memory goes on where the episode does."""
+    def take(self, after: Tensor | None, taken: WorldStep) -> None:
+        """Follow one step, ``after`` which [B, S] is remembered: memory goes on where the episode does."""
         if self._initial is None:
             return
         assert self.state is not None
-        assert acted.state is not None
+        assert after is not None
         # where an environment only reset itself, its first observation is still to come
         fresh = taken.over | ~taken.acted
         self._before.append(self.state)
-        self._after.append(acted.state)
+        self._after.append(after)
         self._fresh.append(fresh)
-        self.state = torch.where(torch.from_numpy(fresh).to(acted.state.device)[:, None], self._initial, acted.state)
+        self.state = torch.where(torch.from_numpy(fresh).to(after.device)[:, None], self._initial, after)
 
     def memory(self, truncated: Bool[Tensor, "B T"]) -> Memory | None:
         """Return what was remembered since :meth:`begin`; None without a memory."""
@@ -219,18 +219,18 @@ class Collector:
             self._recall = Recall(policy, self.world.num_envs)
         recall = self._recall
         recall.begin()
-        draws = generator(seed, "actions", step)
-        shown, acts, steps = [], [], []
+        shown, steps = [], []
         played: list[NDArray[Any]] = []
         episodes: list[Episode] = []
+        seen = normalise(observations, moments).to(self._device)
+        acting = policy.acting(seen, self.n_steps, generator(seed, "actions", step))
         for _ in range(self.n_steps):
-            acted = policy.act(normalise(observations, moments).to(self._device), recall.state, draws)
-            played.append(np.array(policy.play(acted.actions.cpu().numpy())))
+            actions, after = acting.act(normalise(observations, moments).to(self._device), recall.state)
+            played.append(policy.play(actions))
             taken = self.world.step(played[-1])
             episodes += self._account(taken)
-            recall.take(acted, taken)
+            recall.take(after, taken)
             shown.append(observations)
-            acts.append(acted)
             steps.append(taken)
             observations = taken.observations
         self._observations = observations
@@ -238,8 +238,8 @@ class Collector:
         truncated = _columns([s.truncated for s in steps])
         return Rollout(
             observations=Observations.stack(shown, dim=1),
-            actions=torch.stack([a.actions for a in acts], dim=1).cpu(),
-            sampler_logp=torch.stack([a.logp for a in acts], dim=1).cpu(),
+            actions=acting.actions(),
+            sampler_logp=acting.logp(),
             rewards=_columns([s.rewards for s in steps]).float(),
             terminated=_columns([s.terminated for s in steps]),
             truncated=truncated,
@@ -257,12 +257,14 @@ class Collector:
         ended: list[Episode] = []
         if not taken.over.any():
             return ended
-        for i in np.flatnonzero(taken.over):
-            stop = Stop.TERMINATED if taken.terminated[i] else Stop.TRUNCATED
-            ended.append(Episode(return_=float(self._returns[i]), length=int(self._lengths[i]), stop=stop))
-            self._earned[i] += self._returns[i]
-            self._returns[i] = 0
-            self._lengths[i] = 0
+        over = np.flatnonzero(taken.over)
+        columns = (self._returns[over].tolist(), self._lengths[over].tolist(), taken.terminated[over].tolist())
+        for return_, length, terminated in zip(*columns, strict=True):
+            stop = Stop.TERMINATED if terminated else Stop.TRUNCATED
+            ended.append(Episode(return_=return_, length=length, stop=stop))
+        self._earned[over] += self._returns[over]
+        self._returns[over] = 0
+        self._lengths[over] = 0
         return ended
 
 

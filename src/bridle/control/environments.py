@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,6 @@ class World:
         self.actions: ActionSpec = action_spec(envs.single_action_space, name)
         self._envs = envs
         self._masks = Masks(name, self.observations, self.actions)
-        self._pending = np.zeros(self.num_envs, dtype=np.bool_)
         self._life_loss = life_loss
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
         mode = envs.metadata.get("autoreset_mode")
@@ -74,6 +74,10 @@ class World:
             remedy = "set it to a gymnasium.vector.AutoresetMode"
             raise WorldError(f"{name}: metadata['autoreset_mode'] is {mode!r}; {remedy}")
         self._mode = mode
+        self._copies = tuple(envs.envs) if isinstance(envs, SyncVectorEnv) else ()
+        self._nobody = np.zeros(self.num_envs, dtype=np.bool_)
+        self._nobody.flags.writeable = False
+        self._pending = self._nobody
 
     def reset(self, seed: int) -> Observations:
         """Start all environments anew from ``seed`` and return what they show.
@@ -83,8 +87,9 @@ class World:
         """
         with foreign(self.name, "reset"):
             raw, info = self._envs.reset(seed=seed)
-        self._lost_lives(info)
-        self._pending = np.zeros(self.num_envs, dtype=np.bool_)
+        if self._life_loss:
+            self._lost_lives(info)
+        self._pending = self._nobody
         return self._masks.begin(self._encode(raw), info)
 
     def step(self, actions: NDArray[Any]) -> WorldStep:
@@ -95,21 +100,22 @@ class World:
         """
         acted = ~self._pending
         world_actions = self.actions.to_world(actions)
-        with foreign(self.name, "step", actions=world_actions), self._naming_copies():
+        with foreign(self.name, "step", actions=world_actions, copies=self._copies):
             raw, rewards, terminated, truncated, info = self._envs.step(world_actions)
         terminated = np.asarray(terminated, dtype=np.bool_) & acted
         truncated = np.asarray(truncated, dtype=np.bool_) & acted & ~terminated
         rewards = np.asarray(rewards, dtype=np.float64)
-        if not np.isfinite(rewards).all():
+        if not math.isfinite(rewards.dot(rewards)) and not np.isfinite(rewards).all():
             row = int(np.flatnonzero(~np.isfinite(rewards))[0])
             raise WorldError(
                 f"{self.name}: the reward {rewards[row]} of environment {row}, after action {world_actions[row]}, "
                 "is not a finite number"
             )
         shown = self._encode(raw)
-        self._pending = np.zeros(self.num_envs, dtype=np.bool_)
+        self._pending = self._nobody
         done = terminated | truncated
-        terminated |= self._lost_lives(info) & acted & ~done
+        if self._life_loss:
+            terminated |= self._lost_lives(info) & acted & ~done
         successors, observations = self._next_episode(done, shown, world_actions, info)
         return WorldStep(
             observations=observations,
@@ -121,26 +127,11 @@ class World:
             acted=acted,
         )
 
-    @contextmanager
-    def _naming_copies(self) -> Iterator[None]:
-        """Note on an error of copies in this process which one it came from: whose code was running."""
-        try:
-            yield
-        except (Exception, SystemExit) as error:  # foreign code may raise anything, or leave
-            if isinstance(self._envs, SyncVectorEnv):
-                running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
-                found = next((i for i, copy in enumerate(self._envs.envs) if id(copy) in running), None)
-                if found is not None:
-                    error.add_note(f"{NOTE}{found}")
-            raise
-
     def close(self) -> None:
         """Release the environments."""
         self._envs.close()
 
     def _lost_lives(self, info: dict[str, Any]) -> NDArray[np.bool_]:
-        if not self._life_loss:
-            return np.zeros(self.num_envs, dtype=np.bool_)
         if "lives" not in info:
             raise WorldError(f"{self.name}: its info says nothing of lives; switch the loss of a life off")
         before, self._lives = self._lives, np.array(info["lives"], dtype=np.int64)
@@ -155,7 +146,7 @@ class World:
         self, done: NDArray[np.bool_], shown: Observations, world_actions: NDArray[Any], info: dict[str, Any]
     ) -> tuple[Observations, Observations]:
         """Return (successors, observations) after a step that showed ``shown`` and ended the episodes ``done``."""
-        nobody = np.zeros(self.num_envs, dtype=np.bool_)
+        nobody = self._nobody
         if not done.any():
             shown = self._masks.attach(shown, info, idle=nobody)
             return shown, shown
@@ -179,37 +170,65 @@ class World:
         return shown, self._masks.attach(self._encode(raw), info, idle=nobody)
 
     def _encode(self, raw: Any) -> Observations:
-        with np.errstate(over="ignore"):  # beyond float32's range is infinite, and refused below
-            return self._finite(self.observations.encode(raw))
+        return self._finite(self.observations.encode(raw))
 
     def _encode_each(self, raws: list[Any]) -> Observations:
-        with np.errstate(over="ignore"):
-            return self._finite(self.observations.encode_each(raws))
+        return self._finite(self.observations.encode_each(raws))
 
     def _finite(self, encoded: Observations) -> Observations:
-        finite = np.isfinite(encoded.vector.numpy())
-        if not finite.all():
-            row = int(np.flatnonzero(~finite.all(axis=1))[0])
-            raise WorldError(f"{self.name}: environment {row} showed an observation that is not finite in float32")
+        numbers = encoded.vector.numpy()
+        flat = numbers.reshape(-1)
+        if not math.isfinite(flat.dot(flat)):  # a call instead of two; large numbers make it infinite too
+            finite = np.isfinite(numbers).all(axis=1)
+            if not finite.all():
+                row = int(np.flatnonzero(~finite)[0])
+                raise WorldError(f"{self.name}: environment {row} showed an observation that is not finite in float32")
         return encoded
 
 
-@contextmanager
-def foreign(world: str, doing: str, *, actions: NDArray[Any] | None = None) -> Iterator[None]:
-    """Turn whatever the environment's own code raises into one line, with which environment and action if that is known."""
-    try:
-        yield
-    except WorldError:
-        raise
-    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        remedy = "out of memory, or killed from outside; try fewer environments"
-        which, how = _which(error, actions) or "an environment", "".join(f", {note}" for note in _notes(error)[1:])
-        raise WorldError(f"{world}: {doing}: the process of {which} died{how} ({remedy})") from error
-    except (Exception, SystemExit) as error:  # foreign code may raise anything, or leave
+def foreign(
+    world: str, doing: str, *, actions: NDArray[Any] | None = None, copies: Sequence[object] = ()
+) -> AbstractContextManager[None]:
+    """Turn whatever the environment's own code raises into one line, with which environment and action if that is known.
+
+    Where ``copies`` run in this process, the one whose code was running is named.
+    """
+    return _Foreign(world, doing, actions, copies)
+
+
+class _Foreign:
+    """See :func:`foreign`; every step of every environment passes through one, so it is no generator."""
+
+    __slots__ = ("_actions", "_copies", "_doing", "_world")
+
+    def __init__(self, world: str, doing: str, actions: NDArray[Any] | None, copies: Sequence[object]) -> None:
+        self._world, self._doing, self._actions, self._copies = world, doing, actions, copies
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # foreign code may raise anything, or leave
+        if isinstance(error, Exception | SystemExit) and not isinstance(error, WorldError):
+            self._name_copy(error)
+            raise self._told(error) from error
+
+    def _name_copy(self, error: BaseException) -> None:
+        running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
+        found = next((i for i, copy in enumerate(self._copies) if id(copy) in running), None)
+        if found is not None:
+            error.add_note(f"{NOTE}{found}")
+
+    def _told(self, error: BaseException) -> WorldError:
+        which = _which(error, self._actions)
+        if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
+            remedy = "out of memory, or killed from outside; try fewer environments"
+            how = "".join(f", {note}" for note in _notes(error)[1:])
+            whose = which or "an environment"
+            return WorldError(f"{self._world}: {self._doing}: the process of {whose} died{how} ({remedy})")
         text = " ".join(str(error).split())
-        which = _which(error, actions)
         where = f" of {which}" if which else ""
-        raise WorldError(f"{world}: {doing}{where} raised {type(error).__name__}: {text[:300]}") from error
+        return WorldError(f"{self._world}: {self._doing}{where} raised {type(error).__name__}: {text[:300]}")
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -137,7 +137,7 @@ def evaluate(
         recall.begin()
         acted = policy.act(normalise(observations, moments).to(device), recall.state, None if deterministic else draws)
         taken = world.step(policy.play(acted.actions.cpu().numpy()))
-        recall.take(acted, taken)
+        recall.take(acted.state, taken)
         observations = taken.observations
         total += np.where(taken.acted, taken.rewards, 0.0)
         length += taken.acted

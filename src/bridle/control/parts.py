@@ -61,9 +61,19 @@ class BoxPart:
         """How many numbers of the vector it fills."""
         return math.prod(self.shape)
 
+    def encode(self, raw: NDArray[Any]) -> Float[np.ndarray, "n width"]:
+        """Return a batch ``[n, *shape]`` as new numbers; what lies beyond float32's range becomes infinite."""
+        numbers = np.asarray(raw)
+        if numbers.dtype == np.float32:  # nothing can overflow
+            encoded = np.array(numbers, order="C")
+        else:
+            with np.errstate(over="ignore"):
+                encoded = np.array(numbers, dtype=np.float32, order="C")
+        return encoded if encoded.ndim == 2 else encoded.reshape(len(encoded), self.width)
+
     def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
         """Encode a batch ``[n, *shape]`` into ``out``."""
-        out[:] = np.asarray(raw).reshape(len(out), self.width)
+        out[:] = self.encode(raw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +151,19 @@ class MultiBinaryPart:
         """How many numbers of the vector it fills."""
         return math.prod(self.shape)
 
+    def encode(self, raw: NDArray[Any]) -> Float[np.ndarray, "n width"]:
+        """Return a batch ``[n, *shape]`` as new numbers; what lies beyond float32's range becomes infinite."""
+        numbers = np.asarray(raw)
+        if numbers.dtype == np.float32:  # nothing can overflow
+            encoded = np.array(numbers, order="C")
+        else:
+            with np.errstate(over="ignore"):
+                encoded = np.array(numbers, dtype=np.float32, order="C")
+        return encoded if encoded.ndim == 2 else encoded.reshape(len(encoded), self.width)
+
     def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
         """Encode a batch ``[n, *shape]`` into ``out``."""
-        out[:] = np.asarray(raw).reshape(len(out), self.width)
+        out[:] = self.encode(raw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["Activation", "Array", "Perceptrons", "Run"]
+__all__ = ["Activation", "Array", "Frozen", "Perceptrons", "Run"]
 
 Array = NDArray[np.float32]
 Activation = Literal["tanh", "relu"]
@@ -61,6 +61,13 @@ class Perceptrons:
         run = stack.run(vector)
         stack.free.append(run)
         return run.outputs[0].copy()
+
+    def frozen(self, net: int, rows: int) -> Frozen:
+        """Return one perceptron as its weights are now, for many runs over ``rows`` states each."""
+        self._hold()
+        each = 2 * self._depth
+        own = [tensor.detach().numpy() for tensor in self._parameters[net * each : (net + 1) * each]]
+        return Frozen(own[::2], own[1::2], tanh=self._tanh, rows=rows)
 
     def run(self, vector: Array) -> list[Run]:
         """Run all of them over n states [n, D]; each run holds some, in their order."""
@@ -144,6 +151,43 @@ class Run:
                 np.matmul(slope.array, stack.hidden[depth].weight, out=above.array)
         stack.free.append(self)
         del stack.free[:-_KEPT]
+
+
+class Frozen:
+    """One perceptron whose weights stand still, arranged so that a run over a few states is as few calls as can be.
+
+    With tanh y = 2 σ(2y) − 1, a layer of tanh hands s = σ(2y) on, and the next one, W (2s − 1) + b = (2W) s + (b − W·1),
+    has taken the rest into its weights; so have weights before a σ their factor 2.
+    """
+
+    def __init__(self, weights: Sequence[Array], biases: Sequence[Array], *, tanh: bool, rows: int) -> None:
+        self._activation = torch.Tensor.sigmoid_ if tanh else torch.Tensor.relu_
+        *self._hidden, self._last = [
+            _arranged(weight, bias, onto=tanh and place > 0, into=tanh and place + 1 < len(weights))
+            for place, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+        ]
+        self._layers = [_Matrices(np.empty((rows, len(bias)), dtype=np.float32)) for _, bias in self._hidden]
+
+    def outputs(self, vector: Array, out: Array) -> None:
+        """Write the outputs [n, A] in n states [n, D] to ``out``."""
+        below = vector
+        for (weight_t, bias), layer in zip(self._hidden, self._layers, strict=True):
+            np.matmul(below, weight_t, out=layer.array)
+            np.add(layer.array, bias, out=layer.array)
+            self._activation(layer.tensor)
+            below = layer.array
+        weight_t, bias = self._last
+        np.matmul(below, weight_t, out=out)
+        out += bias
+
+
+def _arranged(weight: Array, bias: Array, *, onto: bool, into: bool) -> tuple[Array, Array]:
+    """Return a layer's weights [in, out] and biases, as they follow ``onto`` a σ and lead ``into`` one."""
+    if onto:
+        weight, bias = 2 * weight, bias - weight.sum(axis=1)
+    if into:
+        weight, bias = 2 * weight, 2 * bias
+    return np.array(weight.T, order="C"), np.array(bias)
 
 
 class _Stack:

@@ -16,7 +16,7 @@ from bridle.batch import Evaluation
 from bridle.control.distributions import Distribution
 from bridle.control.observations import Observations, pick
 
-__all__ = ["Acted", "ControlPolicy", "Sequences", "Transitions"]
+__all__ = ["Acted", "Acting", "ControlPolicy", "Sequences", "Transitions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +103,36 @@ class Acted:
     """[n, S] the memory after these states; None without one."""
 
 
+class Acting:
+    """A policy acting through the steps of a rollout by drawing, its weights as they are; it writes down what it did."""
+
+    def __init__(self, policy: ControlPolicy, draws: np.random.Generator) -> None:
+        """Act with ``policy``, drawing from ``draws``."""
+        self._policy = policy
+        self._draws = draws
+        self._acted: list[Acted] = []
+
+    def act(self, observations: Observations, state: Tensor | None) -> tuple[NDArray[Any], Tensor | None]:
+        """Act in n states; return the actions [n] or [n, A], before squashing and clipping, and the memory after them."""
+        acted = self._policy.act(observations, state, self._draws)
+        self._acted.append(acted)
+        return acted.actions.cpu().numpy(), acted.state
+
+    def actions(self) -> Tensor:
+        """[n, T] or [n, T, A]: all actions so far."""
+        return torch.stack([acted.actions for acted in self._acted], dim=1).cpu()
+
+    def logp(self) -> Float[Tensor, "n T"]:
+        """[n, T] log-probability of each under the distribution that it was drawn from, nats."""
+        return torch.stack([acted.logp for acted in self._acted], dim=1).cpu()
+
+
 class ControlPolicy(nn.Module, ABC):
     """What collecting and learning ask of a policy.
 
     A memoryless policy implements :meth:`forward`, :meth:`distribution` and :meth:`values`, and hands the ``state`` that it
     is given, None, back. One with a memory also implements :meth:`initial_state`; its units are then
-    :class:`Sequences`. Collecting calls :meth:`act`, :meth:`play`, :meth:`values` and :meth:`initial_state` alone.
+    :class:`Sequences`. Collecting calls :meth:`acting`, :meth:`play`, :meth:`values` and :meth:`initial_state` alone.
     """
 
     @abstractmethod
@@ -132,6 +156,10 @@ class ControlPolicy(nn.Module, ABC):
         distribution, state = self.distribution(observations, state)
         actions = distribution.mode() if draws is None else distribution.draw(draws)
         return Acted(actions=actions, logp=distribution.log_prob(actions), state=state)
+
+    def acting(self, first: Observations, steps: int, draws: np.random.Generator) -> Acting:
+        """Begin a rollout of ``steps`` steps; all states are of the form of the ``first`` ones."""
+        return Acting(self, draws)
 
     def play(self, actions: NDArray[Any]) -> NDArray[Any]:
         """Turn the policy's own actions into what is played, in units of half the box's width; here they are the same."""

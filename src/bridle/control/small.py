@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
-from bridle.control.perceptrons import Activation, Array, Perceptrons
-from bridle.control.policy import Acted, Transitions
+from bridle.control.perceptrons import Activation, Array, Frozen, Perceptrons
+from bridle.control.policy import Acted, Acting, Transitions
 from bridle.learn.step import HandDifferentiated, Pullback, Seen, Slopes, plain_vjp
 
 __all__ = ["SmallActorCritic", "by_hand"]
@@ -50,6 +50,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         """
         super().__init__(actor=actor, critic=critic, head=head)
         self._nets = Perceptrons((actor, critic), activation)
+        self._width = cast(nn.Linear, cast(nn.Sequential, actor)[-1]).out_features
 
     def vjp(self, units: Transitions) -> tuple[Seen, Pullback]:
         """Evaluate the actions taken, without a graph; the second half adds to the weights' gradients.
@@ -101,6 +102,15 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
             logp = _Normal.of(outputs, chosen, log_std).logp
         return Acted(actions=torch.from_numpy(chosen), logp=torch.from_numpy(logp), state=state)
 
+    def acting(self, first: Observations, steps: int, draws: np.random.Generator) -> Acting:
+        """Begin a rollout of ``steps`` steps; all states are of the form of the ``first`` ones."""
+        if not self._by_hand(first):
+            return super().acting(first, steps, draws)
+        actor, log_std = self._nets.frozen(0, len(first)), self._log_std()
+        if log_std is None:
+            return _Choosing(self, draws, actor=actor, width=self._width, steps=steps, rows=len(first))
+        return _Drawing(self, draws, actor=actor, log_std=log_std, steps=steps, rows=len(first))
+
     def values(self, observations: Observations, state: Tensor | None) -> Float[Tensor, " n"]:
         """V(s) for n states, in units of return."""
         if not self._by_hand(observations) or torch.is_grad_enabled():
@@ -124,6 +134,76 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
     def _by_hand(self, observations: Observations) -> bool:
         vector = observations.vector
         return observations.mask is None and vector.dtype is torch.float32 and vector.device.type == "cpu"
+
+
+class _Choosing(Acting):
+    """Discrete actions by the Gumbel-max trick, all noise drawn at once: argmax_a (z_a + g_a) is a draw of softmax(z).
+
+    Source: Maddison, Tarlow & Minka 2014, "A* sampling", §2.
+    """
+
+    def __init__(
+        self, policy: ActorCritic, draws: np.random.Generator, *, actor: Frozen, width: int, steps: int, rows: int
+    ) -> None:
+        super().__init__(policy, draws)
+        self._actor = actor
+        self._gumbel = draws.gumbel(size=(steps, rows, width)).astype(np.float32)
+        self._logits = np.empty((steps, rows, width), dtype=np.float32)
+        self._chosen = np.empty((steps, rows), dtype=np.int64)
+        self._at = 0
+
+    def act(self, observations: Observations, state: Tensor | None) -> tuple[NDArray[Any], Tensor | None]:
+        """Draw one action in each of n states."""
+        at = self._at
+        self._at += 1
+        logits, noisy = self._logits[at], self._gumbel[at]
+        self._actor.outputs(observations.vector.numpy(), logits)
+        noisy += logits
+        return noisy.argmax(axis=1, out=self._chosen[at]), state
+
+    def actions(self) -> Tensor:
+        """[n, T]: all actions so far."""
+        return torch.from_numpy(self._chosen[: self._at].T.copy())
+
+    def logp(self) -> Float[Tensor, "n T"]:
+        """[n, T] log-probability of each under the distribution that it was drawn from, nats."""
+        logp = torch.log_softmax(torch.from_numpy(self._logits[: self._at]), -1)
+        chosen = torch.from_numpy(self._chosen[: self._at])
+        return logp.gather(-1, chosen[..., None])[..., 0].T.contiguous()
+
+
+class _Drawing(Acting):
+    """Gaussian actions, all noise drawn at once."""
+
+    def __init__(
+        self, policy: ActorCritic, draws: np.random.Generator, *, actor: Frozen, log_std: Array, steps: int, rows: int
+    ) -> None:
+        super().__init__(policy, draws)
+        self._actor, self._log_std = actor, log_std
+        noise = draws.standard_normal((steps, rows, len(log_std))).astype(np.float32)
+        noise *= np.exp(log_std)
+        self._noise = noise
+        self._mean = np.empty_like(noise)
+        self._at = 0
+
+    def act(self, observations: Observations, state: Tensor | None) -> tuple[NDArray[Any], Tensor | None]:
+        """Draw μ + σ ε."""
+        at = self._at
+        self._at += 1
+        self._actor.outputs(observations.vector.numpy(), self._mean[at])
+        self._noise[at] += self._mean[at]
+        return self._noise[at], state
+
+    def actions(self) -> Tensor:
+        """[n, T, A]: all actions so far."""
+        return torch.from_numpy(self._noise[: self._at].swapaxes(0, 1).copy())
+
+    def logp(self) -> Float[Tensor, "n T"]:
+        """[n, T] log-probability of each under the distribution that it was drawn from, nats."""
+        shape, width = self._noise[: self._at].shape[:2], len(self._log_std)
+        mean, drawn = (numbers[: self._at].reshape(-1, width) for numbers in (self._mean, self._noise))
+        logp = _Normal.of(mean.T, drawn, self._log_std).logp
+        return torch.from_numpy(logp.reshape(shape).T.copy())
 
 
 @dataclass(frozen=True, slots=True)

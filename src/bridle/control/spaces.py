@@ -85,6 +85,12 @@ class ObservationSpec:
         return sum(part.width for part in self.numbers)
 
     @cached_property
+    def _lone(self) -> BoxPart | None:
+        """The only part, if it is numbers as they are."""
+        only = self.parts[0] if len(self.parts) == 1 else None
+        return only if isinstance(only, BoxPart) else None
+
+    @cached_property
     def measured(self) -> Bool[Tensor, " D"]:
         """[D] True where the vector holds a Box's numbers, which normalisation may scale; False for bits and one-hots."""
         kinds = [isinstance(part, BoxPart) for part in self.numbers for _ in range(part.width)]
@@ -96,6 +102,9 @@ class ObservationSpec:
         Raises:
             WorldError: a number lies outside its Discrete or MultiDiscrete space.
         """
+        if self._lone is not None:
+            vector = self._lone.encode(at(raw, self._lone.path))
+            return Observations(vector=torch.from_numpy(vector))
         return self._encode([at(raw, part.path) for part in self.parts])
 
     def encode_each(self, raws: list[Any]) -> Observations:
