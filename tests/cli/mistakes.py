@@ -154,6 +154,8 @@ def config_mistakes() -> Iterator[Mistake]:
         "episodes of no actions": train("CartPole-v1", "--evaluation.max-steps", "0"),
         "no environments": train("CartPole-v1", "--world.num-envs", "0"),
         "episodes cut at once": train("CartPole-v1", "--world.max-episode-steps", "0"),
+        "making anew what shares one process": train("CartPole-v1", "--world.on-death", "restart"),
+        "a limit of no deaths": train("CartPole-v1", "--world.death-limit", "0"),
         "an autoreset mode for envpool": train(
             "CartPole-v1", "--world.vectorization", "envpool", "--world.autoreset", "disabled"
         ),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -35,6 +38,51 @@ class Counter(gymnasium.Env[np.ndarray, int]):
         return self._show(), self.number + 0.25 * self.t, end and not cut, end and cut, {}
 
 
+class Mortal(Counter):
+    """A Counter whose process dies at the last step of every episode instead of ending it; reward as a Counter's."""
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        shown, reward, terminated, truncated, info = super().step(action)
+        if terminated or truncated:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return shown, reward, False, False, info
+
+
+class Fated(Counter):
+    """A Counter that dies at its third step, or where it begins an episode by itself, once for each file that it finds.
+
+    ``how``: "kill", "raise" or "leave".
+    """
+
+    def __init__(self, tickets: str, where: str = "step", how: str = "kill") -> None:
+        super().__init__()
+        self.tickets, self.where, self.how = Path(tickets), where, how
+
+    def _die(self) -> None:
+        for ticket in sorted(self.tickets.iterdir()):
+            try:
+                ticket.unlink()
+            except FileNotFoundError:
+                continue
+            if self.how == "raise":
+                raise KeyError("the\nbattery is empty")
+            if self.how == "leave":
+                raise SystemExit(7)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        if seed is None and self.where == "reset":
+            self._die()
+        return super().reset(seed=seed)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if self.t == 2 and self.where == "step":
+            self._die()
+        return super().step(action)
+
+
 class Endless(gymnasium.Env[np.ndarray, int]):
     """One state, reward 1, no end; only its time limit cuts it."""
 
@@ -50,6 +98,15 @@ class Endless(gymnasium.Env[np.ndarray, int]):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         return np.ones(1, np.float32), 1.0, False, False, {}
+
+
+class Frail(Endless):
+    """The endless world, whose process dies with one step in twenty, drawn from its seed."""
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if self.np_random.random() < 0.05:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
 
 
 class Restless(Endless):
@@ -267,6 +324,9 @@ _TEXT_INSIDE = spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2), spaces.Text(3
 
 WORLDS: dict[str, dict[str, Any]] = {
     "Counter-v0": {"entry_point": Counter},
+    "Mortal-v0": {"entry_point": Mortal},
+    "Fated-v0": {"entry_point": Fated},
+    "Frail-v0": {"entry_point": Frail},
     "Endless-v0": {"entry_point": Endless, "max_episode_steps": 4},
     "Restless-v0": {"entry_point": Restless, "max_episode_steps": 5},
     "Generous-v0": {"entry_point": Generous, "max_episode_steps": 4},

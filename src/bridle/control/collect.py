@@ -16,6 +16,7 @@ from torch import Tensor
 from bridle.control.environments import World, WorldStep
 from bridle.control.observations import Observations
 from bridle.control.policy import ControlPolicy
+from bridle.control.processes import Replacement
 from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
 from bridle.random import generator
@@ -58,7 +59,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """T steps of B environments: facts only. Where ``mask`` is False an environment only reset itself."""
+    """T steps of B environments: facts only. Where ``mask`` is False an environment only reset itself, or died."""
 
     observations: Observations
     """[B, T, …] what was acted on, and what was allowed, encoded, not normalised."""
@@ -73,7 +74,9 @@ class Rollout:
     truncated: Bool[Tensor, "B T"]
     """[B, T] the episode was cut and did not terminate."""
     mask: Bool[Tensor, "B T"]
-    """[B, T] True where an action was taken."""
+    """[B, T] True where an action was taken, and what came of it is known."""
+    lost: Bool[Tensor, "B T"]
+    """[B, T] the environment died of this step and was made anew: masked, and the step before was cut at this observation."""
     last: Observations
     """[B, …] the observations after the last step: what the next rollout acts on first."""
     cut: Observations
@@ -178,15 +181,23 @@ class Collector:
             kept["actions"] = torch.from_numpy(np.concatenate(self._played))
         if self._recall is not None and self._recall.state is not None:
             kept["memory"] = self._recall.state
+        if self.world.replacements:
+            rows = [[one.call, one.environment, one.seed] for one in self.world.replacements]
+            kept["replacements"] = torch.tensor(rows)
         return kept
 
     def replay(self, kept: Mapping[str, Tensor], policy: ControlPolicy, *, seed: int) -> bool:
         """Bring the world to where :meth:`state` was taken; False if the same actions led elsewhere.
 
+        Environments that had died are made anew after the same actions, from the same seeds.
+
         Raises:
             WorldError: as :meth:`collect`.
         """
         self.restart(seed=seed, step=int(kept["restarted"]))
+        rows = kept["replacements"].tolist() if "replacements" in kept else []
+        if not self.world.expect([Replacement(call=c, environment=e, seed=s) for c, e, s in rows]):
+            return False
         actions = kept["actions"].numpy() if "actions" in kept else ()
         for played in actions:
             taken = self.world.step(played)
@@ -244,6 +255,7 @@ class Collector:
             terminated=_columns([s.terminated for s in steps]),
             truncated=truncated,
             mask=_columns([s.acted for s in steps]),
+            lost=_columns([s.lost for s in steps]),
             last=observations,
             cut=_cut_successors(steps, truncated),
             memory=recall.memory(truncated),
@@ -251,20 +263,21 @@ class Collector:
         )
 
     def _account(self, taken: WorldStep) -> list[Episode]:
-        """Add one step to the episodes in progress and return those it ended."""
+        """Add one step to the episodes in progress and return those it ended; one that is lost never ends."""
         self._returns += taken.rewards * taken.acted
         self._lengths += taken.acted
         ended: list[Episode] = []
-        if not taken.over.any():
+        left = np.flatnonzero(taken.over | taken.lost)
+        if not len(left):
             return ended
         over = np.flatnonzero(taken.over)
         columns = (self._returns[over].tolist(), self._lengths[over].tolist(), taken.terminated[over].tolist())
         for return_, length, terminated in zip(*columns, strict=True):
             stop = Stop.TERMINATED if terminated else Stop.TRUNCATED
             ended.append(Episode(return_=return_, length=length, stop=stop))
-        self._earned[over] += self._returns[over]
-        self._returns[over] = 0
-        self._lengths[over] = 0
+        self._earned[left] += self._returns[left]
+        self._returns[left] = 0
+        self._lengths[left] = 0
         return ended
 
 

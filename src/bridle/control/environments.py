@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from bridle.control.masks import Masks
 from bridle.control.observations import Observations
+from bridle.control.processes import Gone, Processes, Replacement
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
-from bridle.control.vectors import NOTE
 from bridle.errors import WorldError
 
 __all__ = ["World", "WorldStep", "foreign"]
@@ -42,7 +42,9 @@ class WorldStep:
     over: Bool[np.ndarray, " B"]
     """[B] the episode ended and the environment begins another; a lost life may terminate without ending it."""
     acted: Bool[np.ndarray, " B"]
-    """[B] False where the environment only reset itself and ignored the action: not a transition."""
+    """[B] False where the environment only reset itself and ignored the action, or died of it: not a transition."""
+    lost: Bool[np.ndarray, " B"]
+    """[B] the environment died instead of answering and was made anew: its episode was cut with the step before."""
 
 
 class World:
@@ -66,6 +68,7 @@ class World:
         self.observations: ObservationSpec = observation_spec(envs.single_observation_space, name)
         self.actions: ActionSpec = action_spec(envs.single_action_space, name)
         self._envs = envs
+        self._processes = envs if isinstance(envs, Processes) else None
         self._masks = Masks(name, self.observations, self.actions)
         self._life_loss = life_loss
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
@@ -98,10 +101,11 @@ class World:
         Raises:
             WorldError: the environment raised, an observation or reward is not finite, or a mask does not serve.
         """
-        acted = ~self._pending
         world_actions = self.actions.to_world(actions)
         with foreign(self.name, "step", actions=world_actions, copies=self._copies):
             raw, rewards, terminated, truncated, info = self._envs.step(world_actions)
+        lost = self._nobody if self._processes is None else self._processes.lost.copy()
+        acted = ~(self._pending | lost)
         terminated = np.asarray(terminated, dtype=np.bool_) & acted
         truncated = np.asarray(truncated, dtype=np.bool_) & acted & ~terminated
         rewards = np.asarray(rewards, dtype=np.float64)
@@ -125,7 +129,26 @@ class World:
             truncated=truncated,
             over=done,
             acted=acted,
+            lost=lost,
         )
+
+    @property
+    def replacements(self) -> Sequence[Replacement]:
+        """The environments that died and were made anew since :meth:`reset`."""
+        return () if self._processes is None else self._processes.replacements
+
+    def expect(self, replacements: Sequence[Replacement]) -> bool:
+        """After :meth:`reset`, make environments anew where they were before; False if these cannot be."""
+        if self._processes is not None:
+            self._processes.expect(replacements)
+        return self._processes is not None or not replacements
+
+    def told(self) -> list[str]:
+        """Return a line for each environment that was made anew since this was last asked."""
+        if self._processes is None:
+            return []
+        lines, self._processes.told = self._processes.told, []
+        return lines
 
     def close(self) -> None:
         """Release the environments."""
@@ -210,36 +233,25 @@ class _Foreign:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         # foreign code may raise anything, or leave
         if isinstance(error, Exception | SystemExit) and not isinstance(error, WorldError):
-            self._name_copy(error)
             raise self._told(error) from error
 
-    def _name_copy(self, error: BaseException) -> None:
+    def _told(self, error: BaseException) -> WorldError:
+        remedy = "out of memory, or killed from outside; try fewer environments"
+        head = f"{self._world}: {self._doing}"
+        if isinstance(error, Gone):
+            which = self._named(error.environment)
+            return WorldError(
+                f"{head} of {which} {error.how}"
+                if error.raised
+                else f"{head}: the process of {which} {error.how} ({remedy})"
+            )
+        if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
+            return WorldError(f"{head}: the process of an environment died ({remedy})")
         running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
         found = next((i for i, copy in enumerate(self._copies) if id(copy) in running), None)
-        if found is not None:
-            error.add_note(f"{NOTE}{found}")
+        where = "" if found is None else f" of {self._named(found)}"
+        return WorldError(f"{head}{where} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
-    def _told(self, error: BaseException) -> WorldError:
-        which = _which(error, self._actions)
-        if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
-            remedy = "out of memory, or killed from outside; try fewer environments"
-            how = "".join(f", {note}" for note in _notes(error)[1:])
-            whose = which or "an environment"
-            return WorldError(f"{self._world}: {self._doing}: the process of {whose} died{how} ({remedy})")
-        text = " ".join(str(error).split())
-        where = f" of {which}" if which else ""
-        return WorldError(f"{self._world}: {self._doing}{where} raised {type(error).__name__}: {text[:300]}")
-
-
-def _notes(error: BaseException) -> list[str]:
-    notes: list[str] = error.__dict__.get("__notes__", [])
-    return notes
-
-
-def _which(error: BaseException, actions: NDArray[Any] | None) -> str:
-    """Name the environment and its action, if a note tells which it was."""
-    index = next((note.removeprefix(NOTE) for note in _notes(error) if note.startswith(NOTE)), None)
-    if index is None:
-        return ""
-    action = "" if actions is None else f", after action {actions[int(index)]},"
-    return f"environment {index}{action}"
+    def _named(self, environment: int) -> str:
+        action = "" if self._actions is None else f", after action {self._actions[environment]},"
+        return f"environment {environment}{action}"

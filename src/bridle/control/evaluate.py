@@ -113,7 +113,8 @@ def evaluate(
 ) -> Score:
     """Play ``episodes`` whole episodes from the keys (seed, "evaluation…", step).
 
-    Each environment plays a share fixed beforehand: taking the first to finish would favour short episodes.
+    Each environment plays a share fixed beforehand: taking the first to finish would favour short episodes. An episode whose
+    environment died is played anew and counts for nothing.
 
     Args:
         world: reset here; nothing else may be using it.
@@ -141,8 +142,8 @@ def evaluate(
         observations = taken.observations
         total += np.where(taken.acted, taken.rewards, 0.0)
         length += taken.acted
-        for i in np.flatnonzero(taken.over | (length >= max_steps)):
-            if played[i] < quota[i]:
+        for i in np.flatnonzero(taken.over | taken.lost | (length >= max_steps)):
+            if played[i] < quota[i] and not taken.lost[i]:
                 finished[i].append((float(total[i]), int(length[i])))
                 played[i] += 1
             total[i], length[i] = 0.0, 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from bridle.control.atari import AtariSettings, envpool_arguments, preprocess, vector_arguments
 from bridle.control.environments import World, foreign
-from bridle.control.vectors import Pool, Processes, ignore_interrupts
+from bridle.control.processes import Processes
+from bridle.control.vectors import Pool
 from bridle.errors import ConfigError, WorldError
 
 __all__ = ["GivenWorld", "WorldSettings", "is_atari", "make_vector", "make_world"]
@@ -67,6 +67,12 @@ class WorldSettings:
     """Actions after which an episode is cut; None leaves the environment's own limit."""
     atari: AtariSettings = field(default_factory=AtariSettings)
     """What an Atari game (ids "ALE/…") shows; other environments have no use for it."""
+    on_death: Literal["fail", "restart"] = "fail"
+    """What follows the death of an environment's process, or what its code raises there: the run ends, or that environment
+    is made anew. Its episode is then cut where it was last seen, and the step that never came back counts for nothing."""
+    death_limit: int = 10
+    """≥ 1, how often training, and how often evaluation, may make one anew before the next death ends the run; a resume counts
+    from 0 again."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -74,6 +80,13 @@ class WorldSettings:
             raise ConfigError.of("num_envs", self.num_envs, "a whole number >= 1")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise ConfigError.of("max_episode_steps", self.max_episode_steps, "a number of actions >= 1")
+        if self.death_limit < 1:
+            raise ConfigError.of(
+                "death_limit", self.death_limit, "a whole number >= 1", 'to allow none: on_death "fail"'
+            )
+        if self.on_death == "restart" and self.vectorization != "async":
+            remedy = "elsewhere an environment that dies takes the run with it"
+            raise ConfigError.of("on_death", self.on_death, '"fail", or vectorization "async"', remedy)
         if self.vectorization in ("vector_entry_point", "envpool"):
             form = _FORMS[self.vectorization].removeprefix("in ")
             if self.autoreset is not None:
@@ -151,10 +164,11 @@ def make_vector(
         try:
             if form == "vector_entry_point":
                 return _own_vector_form(spec, settings), form
-            make = partial(_make_one, spec, settings, wrappers, render_mode, os.getpid())
+            make = partial(_make_one, spec, settings, wrappers, render_mode)
             mode = _MODES[settings.autoreset or "same_step"]
             if form == "async":
-                return Processes([make] * settings.num_envs, copy=False, autoreset_mode=mode), form
+                allowed = settings.death_limit if settings.on_death == "restart" else 0
+                return Processes([make] * settings.num_envs, mode, allowed=allowed), form
             # World encodes what it is shown into memory of its own
             return SyncVectorEnv([make] * settings.num_envs, copy=False, autoreset_mode=mode), form
         except (DependencyNotInstalled, ModuleNotFoundError) as error:
@@ -203,10 +217,8 @@ def _make_one(
     settings: WorldSettings,
     wrappers: list[Callable[[Any], Any]],
     render_mode: str | None,
-    parent: int,
 ) -> gymnasium.Env[Any, Any]:
-    """Make one copy; in a process of its own, leave Ctrl-C to the process ``parent``."""
-    ignore_interrupts(parent)
+    """Make one copy."""
     arguments = settings.arguments
     if is_atari(spec.id):
         arguments = {"frameskip": 1, **arguments}

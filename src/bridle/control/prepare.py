@@ -146,6 +146,6 @@ def _units(rollout: Rollout, moments: Moments | None, device: torch.device) -> T
 def _episodes(rollout: Rollout) -> Int[Tensor, "B T"]:
     """Number the episodes, or pieces of them, within the rollout; no two environments share a number."""
     B, T = rollout.mask.shape
-    ended = (rollout.terminated | rollout.truncated).long()
+    ended = (rollout.terminated | rollout.truncated | rollout.lost).long()
     before = ended.cumsum(dim=1) - ended
     return before + torch.arange(B)[:, None] * (T + 1)

@@ -66,9 +66,9 @@ class RewardScale:
     def updated(
         self, rewards: Float[Tensor, "B T"], ended: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float
     ) -> RewardScale:
-        """Take in one rollout; ``ended`` is True where an episode terminated or was truncated."""
+        """Take in one rollout; ``ended`` is True where an episode terminated or was truncated, or its environment was lost."""
         running = self.running.numpy().copy()
-        acted, over, gained = mask.T.numpy(), (ended & mask).T.numpy(), rewards.T.numpy()
+        acted, over, gained = mask.T.numpy(), ended.T.numpy(), rewards.T.numpy()
         seen = np.zeros(gained.shape)
         for t in range(len(gained)):
             running = np.where(acted[t], gamma * running + gained[t], running)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from bridle.control.collect import Collector
+from bridle.control.collect import Collector, Rollout
 from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, evaluate
 from bridle.control.evidence import units_to
@@ -242,8 +242,9 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             again = {"anew": partial(ready, anew=True)} if config.recompute_advantages else {}
             try:
                 with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused
-                    updates = list(learner.update(ready(), seed=seed, step=step, **again))
-                _check_gap(updates[0])
+                    enough = not rollout.lost.any() or _enough(config, rollout)
+                    updates = list(learner.update(ready(), seed=seed, step=step, **again)) if enough else []
+                _check_gap(updates)
             except NonFiniteStep as fault:
                 contain(session, step, fault, config, _kept(config, learner, fault))
                 updates = []
@@ -252,11 +253,12 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             last = learner.progress.actions >= config.total_steps
             scores = _judge(config, learner, judge, session, step=step, last=last)
             shown: dict[str, float] = {}
+            died = _tell_deaths(session, step, collector.world, judge)
             if not updates:
-                session.record(step, {"actions": learner.progress.actions, "skipped": 1.0, **scores})
-            elif scores or step % config.record_every == 0:
+                session.record(step, {"actions": learner.progress.actions, "skipped": 1.0, **scores, **died})
+            elif scores or died or step % config.record_every == 0:
                 metrics = learner.metrics(rollout, updates)
-                session.record(step, {**metrics, **scores})
+                session.record(step, {**metrics, **scores, **died})
                 session.run.timing(step, seconds=elapsed, steps_per_second=rollout.steps / elapsed)
                 moved = {} if config.algorithm == "a2c" else {"KL": metrics["old_kl"]}  # A2C looks at a rollout once
                 shown = {**moved, "explained_variance": metrics["explained_variance"]}
@@ -267,6 +269,23 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             if scores and judge is collector.world:
                 collector.forget()
             session.end_step(step, last=step if last else step + 1, save=save)
+
+
+def _tell_deaths(session: Session, step: int, *worlds: World) -> dict[str, float]:
+    """Keep as events, and say, which environments died and were made anew; count them, if there were any."""
+    lines = [line for world in worlds for line in world.told()]
+    for line in lines:
+        session.run.event("environment", f"step {step}: {line}", step=step)
+        session.say(f"step {step}: {line}")
+    return {"environments_made_anew": float(len(lines))} if lines else {}
+
+
+def _enough(config: ControlConfig, rollout: Rollout) -> bool:
+    """Whether what is left of a rollout in which environments died can be divided into minibatches."""
+    if rollout.memory is not None:
+        return bool(rollout.mask.any(dim=1).all())  # a unit is all that an environment did
+    minibatches = {"ppo": config.ppo.minibatches, "trpo": config.trpo.critic_minibatches, "a2c": 1}
+    return rollout.steps >= minibatches[config.algorithm]
 
 
 def _take_up_episodes(collector: Collector, learner: Learner, session: Session) -> None:
@@ -331,8 +350,8 @@ def _judge(
     return metrics
 
 
-def _check_gap(first: UpdateStep) -> None:
-    gap = first.gap
+def _check_gap(updates: list[UpdateStep]) -> None:
+    gap = updates[0].gap if updates else None
     if gap is not None and float(gap.mean) > GAP_BOUND:
         raise SamplerMismatch(
             f"the trainer's first forward differs from the sampler's log-probabilities by {float(gap.mean):.2g} nats "

@@ -138,7 +138,7 @@ class Learner:
         """Take the rollout into the reward scale and return the rewards to learn from; None for the world's own."""
         rewards = rollout.rewards
         if self.scale is not None:
-            ended = rollout.terminated | rollout.truncated
+            ended = rollout.terminated | rollout.truncated | rollout.lost
             self.scale = self.scale.updated(rewards, ended, rollout.mask, gamma=self.config.advantage.gamma)
             rewards = self.scale.apply(rewards)
         if self.config.clip_rewards is not None:
