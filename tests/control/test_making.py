@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TransformReward
 
 from bridle.control.environments import World
@@ -318,3 +318,15 @@ def test_no_path_of_this_machine_is_needed(tmp_path: Path, monkeypatch: pytest.M
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert rewards("own_world_of_mine:Mine-v0", WorldSettings(num_envs=1)) == [1.0] * 3
+
+
+def test_a_users_own_processes_are_closed_though_one_has_died() -> None:
+    envs = AsyncVectorEnv([worlds.Endless] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    world = make_world(envs, WorldSettings())
+    world.reset(0)
+    envs.processes[1].kill()
+    envs.processes[1].join()
+    with pytest.raises(WorldError, match="AsyncVectorEnv: step: the process of an environment died"):
+        world.step(np.zeros(2, np.int64))
+    world.close()
+    assert all(process.exitcode is not None for process in envs.processes)

@@ -16,7 +16,6 @@ from bridle.errors import WorldError
 from bridle.jobs.control import ControlConfig, run
 from bridle.runs import Run
 from tests.control.test_deaths import tickets
-from tests.control.worlds import MODES
 from tests.jobs.test_control import forget_after, metrics, small
 
 # from CPython 3.12 on, multiprocessing warns of any fork while threads run; torch has some
@@ -46,7 +45,7 @@ def fated(path: Path, asked: tuple[str, ...], **changes: Any) -> ControlConfig:
 
 @pytest.mark.parametrize(
     ("mode", "changes"),
-    [(mode, {}) for mode in MODES] + [("same_step", {"network": NetworkSettings(hidden=(8,), recurrent="gru")})],
+    [("same_step", {}), ("next_step", {"network": NetworkSettings(hidden=(8,), recurrent="gru")})],
 )
 def test_a_run_in_which_environments_died_is_taken_up_as_the_run_that_it_was(
     mode: str, changes: dict[str, Any], tmp_path: Path

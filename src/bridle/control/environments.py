@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bridle.control.masks import Masks
 from bridle.control.observations import Observations
-from bridle.control.processes import Gone, Processes, Replacement
+from bridle.control.processes import Gone, Processes, Replacement, close
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
 from bridle.errors import WorldError
 
@@ -152,7 +152,7 @@ class World:
 
     def close(self) -> None:
         """Release the environments."""
-        self._envs.close()
+        close(self._envs)
 
     def _lost_lives(self, info: dict[str, Any]) -> NDArray[np.bool_]:
         if "lives" not in info:

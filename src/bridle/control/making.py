@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from bridle.control.atari import AtariSettings, envpool_arguments, preprocess, vector_arguments
 from bridle.control.environments import World, foreign
-from bridle.control.processes import Processes
+from bridle.control.processes import Processes, set_apart
 from bridle.control.vectors import Pool
 from bridle.errors import ConfigError, WorldError
 
@@ -260,6 +260,7 @@ def _given(env: GivenWorld) -> World:
         envs: object = env if isinstance(env, VectorEnv) else env()
     if not isinstance(envs, VectorEnv):
         raise WorldError(f"the environment given is {type(envs).__name__}; expected {expected}")
+    set_apart(envs)
     name = envs.spec.id if envs.spec is not None else type(envs.unwrapped).__name__
     return World(name, envs, form="as it was given")
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import Env
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space, concatenate, create_empty_array, iterate
 
 from bridle.random import generator
 
-__all__ = ["Gone", "Processes", "Replacement"]
+__all__ = ["Gone", "Processes", "Replacement", "close", "set_apart"]
 
 _DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
@@ -265,6 +265,32 @@ class Processes(VectorEnv[Any, Any, Any]):
 def _close(processes: weakref.ref[Processes]) -> None:
     if (own := processes()) is not None:
         own.close()
+
+
+def set_apart(envs: VectorEnv[Any, Any, Any]) -> None:
+    """Move the processes of Gymnasium's own form to groups of their own, so that what is sent to the run's does not end them.
+
+    Only those that were forked can be moved.
+    """
+    if sys.platform == "win32" or not isinstance(envs.unwrapped, AsyncVectorEnv):
+        return
+    for process in envs.unwrapped.processes:
+        assert process.pid is not None
+        with suppress(PermissionError, ProcessLookupError):
+            os.setpgid(process.pid, process.pid)
+
+
+def close(envs: VectorEnv[Any, Any, Any]) -> None:
+    """Close any vector environment; Gymnasium's own form with processes also where some of them have died."""
+    try:
+        envs.close()
+    except (EOFError, OSError):
+        if not isinstance(envs.unwrapped, AsyncVectorEnv):
+            raise
+        for process in envs.unwrapped.processes:
+            process.kill()
+            process.join()
+        envs.unwrapped.closed = True  # or it would try again when it is collected
 
 
 @contextmanager
