@@ -39,7 +39,7 @@ def ragged() -> Draws:
 
 
 def parts_of(batch: Batch, count: int, order: torch.Tensor | None = None, **kinds: Any) -> list[Any]:
-    return list(minibatches(batch, count, order=order, **{"whiten_here": False, "per": "action", **kinds}))
+    return list(minibatches(batch, count, orders=[order], **{"whiten_here": False, "per": "action", **kinds}))
 
 
 def learn_from(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -43,7 +43,9 @@ class Perceptrons:
         # a module looks its parameters up here; asking the module itself would take most of a small run's time
         homes = [[m._parameters for m in cast(nn.Sequential, net) if isinstance(m, nn.Linear)] for net in nets]
         self._depth = len(homes[0])
-        self._places = [(home, name) for of_net in homes for home in of_net for name in ("weight", "bias")]
+        self._places: list[tuple[dict[str, Any], str]] = [
+            (home, name) for of_net in homes for home in of_net for name in ("weight", "bias")
+        ]
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
         self._alone: list[_Stack] = []
@@ -52,7 +54,7 @@ class Perceptrons:
     @property
     def learn(self) -> bool:
         """Whether no weight is frozen."""
-        return all([cast(Tensor, home[name]).requires_grad for home, name in self._places])  # noqa: C419 (a list is faster)
+        return all([home[name].requires_grad for home, name in self._places])  # noqa: C419 (a list is faster)
 
     def outputs(self, net: int, vector: Array) -> Array:
         """Return the outputs [A, n] of one perceptron in n states [n, D], and nothing else."""
@@ -80,7 +82,7 @@ class Perceptrons:
         same = len(self._parameters) == len(present) and all(map(is_, present, self._parameters))
         if same and [parameter.data_ptr() for parameter in self._parameters] == self._addresses:
             return
-        self._parameters = [cast(Tensor, parameter) for parameter in present]
+        self._parameters = present
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         own, each = self._parameters, 2 * self._depth
         nets = [own[at : at + each] for at in range(0, len(own), each)]

@@ -60,26 +60,23 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         if not (self._by_hand(units.observations) and self._nets.learn):
             return plain_vjp(self, units)
         inputs, chosen = units.observations.vector.contiguous().numpy(), units.actions.numpy()
-        with torch.no_grad():
-            runs = self._nets.run(inputs)
+        runs = self._nets.run(inputs)
         outputs, (values,) = [outputs for run in runs for outputs in run.outputs]
         log_std = self._log_std()
         found = _Softmax.of(outputs) if log_std is None else _Normal.of(outputs, chosen, log_std)
 
         def pull_back(slopes: Slopes) -> None:
-            logp, entropy, value = (
-                None if slope is None else slope.numpy() for slope in (slopes.logp, slopes.entropy, slopes.value)
-            )
-            to_critic = np.zeros((1, len(chosen)), dtype=np.float32) if value is None else value[None]
+            logp = None if slopes.logp is None else slopes.logp.numpy()
+            entropy = None if slopes.entropy is None else slopes.entropy.numpy()
+            to_critic = np.zeros_like(values) if slopes.value is None else slopes.value.numpy()
             if isinstance(found, _Softmax):
                 to_actor = found.gradient(chosen, logp, entropy)
             else:
                 to_actor, spread = found.gradient(logp, entropy)
                 self._spread(spread)
-            left = [to_actor, to_critic]
-            with torch.no_grad():
-                for run in runs:
-                    run.pull_back([left.pop(0) for _ in run.outputs])
+            left = [to_actor, to_critic[None]]
+            for run in runs:
+                run.pull_back([left.pop(0) for _ in run.outputs])
 
         logp = found.of_actions(chosen) if isinstance(found, _Softmax) else found.logp
         entropy, value = torch.from_numpy(found.entropy()), torch.from_numpy(values.copy())

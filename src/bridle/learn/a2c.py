@@ -56,7 +56,7 @@ def update(policy: Policy, batch: Batch, optimiser: Optimiser, settings: A2CSett
         NonFiniteStep: a loss or gradient is not finite; the step was not applied.
     """
     objective = A2CObjective(settings=settings)
-    for rows, units, part in minibatches(batch, 1, order=None, whiten_here=settings.whiten, per=settings.per):
+    for rows, units, part in minibatches(batch, 1, orders=[None], whiten_here=settings.whiten, per=settings.per):
         optimiser.zero_grad()
         try:
             seen = accumulate(policy, units, part, objective, micro_budget=settings.micro_batch_tokens)

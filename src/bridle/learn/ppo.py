@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Literal
 
 import torch
@@ -145,46 +146,47 @@ def update(
     if settings.whiten == "batch":
         batch = replace(batch, advantages=whiten(batch.advantages))
     objective = PPOObjective(settings=settings, kl_coefficient=kl_coefficient, critic_only=critic_only)
-    taken = 0
     optimiser.zero_grad()
     epochs = range(settings.epochs) if epochs is None else epochs
-    orders = [epoch_order(len(batch.units), seed=seed, step=step, epoch=epoch) for epoch in epochs]
-    for epoch, order in zip(epochs, orders, strict=True):
-        parts = minibatches(
-            batch, settings.minibatches, order=order, whiten_here=settings.whiten == "minibatch", per=settings.per
-        )
-        for number, (rows, units, part) in enumerate(parts):
-            try:
-                seen = within_memory(
-                    budget or settings.micro_batch_tokens,
-                    units.lengths,
-                    partial(_accumulate, policy, units, part, objective),
-                    optimiser.zero_grad,
-                )
-                held = settings.micro_batch_tokens if budget is None else budget.tokens
-                record = partial(
-                    UpdateStep,
-                    epoch=epoch,
-                    minibatch=number,
-                    objective=objective,
-                    part=part,
-                    seen=seen,
-                    padding_share=None if held is None else padding_share(units.lengths, held),
-                )
-                if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
-                    optimiser.zero_grad()
-                    yield record(applied=False)
-                    return
-                extra = 0.0
-                if extra_loss is not None and not critic_only:
-                    extra = add_loss(extra_loss(taken), rows)
-                norms = optimiser.step(rows)
-            except NonFiniteStep as fault:
+    parts = minibatches(
+        batch,
+        settings.minibatches,
+        orders=[epoch_order(len(batch.units), seed=seed, step=step, epoch=epoch) for epoch in epochs],
+        whiten_here=settings.whiten == "minibatch",
+        per=settings.per,
+    )
+    for taken, (epoch, number) in enumerate(product(epochs, range(settings.minibatches))):
+        rows, units, part = next(parts)
+        try:
+            seen = within_memory(
+                budget or settings.micro_batch_tokens,
+                units.lengths,
+                partial(_accumulate, policy, units, part, objective),
+                optimiser.zero_grad,
+            )
+            held = settings.micro_batch_tokens if budget is None else budget.tokens
+            record = partial(
+                UpdateStep,
+                epoch=epoch,
+                minibatch=number,
+                objective=objective,
+                part=part,
+                seen=seen,
+                padding_share=None if held is None else padding_share(units.lengths, held),
+            )
+            if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
                 optimiser.zero_grad()
-                evidence = Evidence(units=units, minibatch=part, objective=objective, taken=taken)
-                raise fault.seen_on(tuple(rows.tolist()), evidence) from None
-            taken += 1
-            yield record(extra_loss=extra, grad_norms=norms)
+                yield record(applied=False)
+                return
+            extra = 0.0
+            if extra_loss is not None and not critic_only:
+                extra = add_loss(extra_loss(taken), rows)
+            norms = optimiser.step(rows)
+        except NonFiniteStep as fault:
+            optimiser.zero_grad()
+            evidence = Evidence(units=units, minibatch=part, objective=objective, taken=taken)
+            raise fault.seen_on(tuple(rows.tolist()), evidence) from None
+        yield record(extra_loss=extra, grad_norms=norms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

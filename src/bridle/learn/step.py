@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -251,12 +250,12 @@ def require_finite(batch: Batch, per: Averaging = "action") -> None:
 
 
 def minibatches(
-    batch: Batch, count: int, *, order: Int[Tensor, " U"] | None, whiten_here: bool, per: Averaging
+    batch: Batch, count: int, *, orders: Sequence[Int[Tensor, " U"] | None], whiten_here: bool, per: Averaging
 ) -> Iterator[tuple[Int[Tensor, " M"], Units, Minibatch]]:
-    """Split the units, in ``order``, into ``count`` parts whose sizes differ by at most one.
+    """Split the units, in each of the ``orders`` in turn, into ``count`` parts whose sizes differ by at most one.
 
-    The whole batch is brought into order once; a part is then a stretch of it. Weights and whitening statistics are
-    those of the part, taken before it is cut into micro-batches.
+    The actions of all orders are laid out at once, and the units of one order at a time; a part is then a stretch of them.
+    Weights and whitening statistics are those of the part, taken before it is cut into micro-batches.
 
     Yields:
         (which units of ``batch`` [M], those units, their actions)
@@ -267,42 +266,51 @@ def minibatches(
     number = len(batch.units)
     if number < count:
         raise ConfigError.of("minibatches", count, f"at most the number of units in a rollout, {number}")
-    index = torch.arange(number) if order is None else order
-    units = batch.units if order is None else batch.units.select(order)
-    cuts = [number * (part + 1) // count for part in range(count)]
-    if bool((units.sizes == 1).all()):  # their actions' positions are the units' own
-        actions, ends = index, cuts
+    stretches = [slice(number * part // count, number * (part + 1) // count) for part in range(count)]
+    sizes, whole = batch.units.sizes, torch.arange(number)
+    indices = [whole if order is None else order for order in orders]
+    if bool((sizes == 1).all()):  # their actions' positions are the units' own
+        places, lengths = indices, [stretch.stop - stretch.start for stretch in stretches] * len(indices)
     else:
-        actions, ends = batch.actions_of(index), units.sizes.cumsum(0)[[cut - 1 for cut in cuts]].tolist()
-    stretches = [slice(*ends) for ends in pairwise([0, *ends])]
-    whole = _in_order(batch, actions, stretches, whiten_here=whiten_here, per=per)
-    for (start, stop), stretch in zip(pairwise([0, *cuts]), stretches, strict=True):
-        part = units if count == 1 else units.select(slice(start, stop))
-        yield index[start:stop], part, whole.select(stretch)
+        places = [batch.actions_of(index) for index in indices]
+        lengths = [int(sizes[index[stretch]].sum()) for index in indices for stretch in stretches]
+    parts = _laid_out(batch, torch.cat(places), lengths, whiten_here=whiten_here, per=per)
+    for order, index in zip(orders, indices, strict=True):
+        units = batch.units if order is None else batch.units.select(order)
+        for stretch in stretches:
+            yield index[stretch], units if count == 1 else units.select(stretch), next(parts)
 
 
-def _in_order(
-    batch: Batch, actions: Int[Tensor, " N"], stretches: Sequence[slice], *, whiten_here: bool, per: Averaging
-) -> Minibatch:
-    """Return all of a batch as one, in the order of ``actions``, with the weights and the whitening of its stretches."""
+def _laid_out(
+    batch: Batch, actions: Int[Tensor, " K"], lengths: Sequence[int], *, whiten_here: bool, per: Averaging
+) -> Iterator[Minibatch]:
+    """Yield one minibatch after the other, of ``lengths`` actions, of a batch's actions in the order of ``actions``."""
     place = actions.to(batch.old_logp.device)
-    advantages = batch.advantages.index_select(0, place)
-    lengths = [stretch.stop - stretch.start for stretch in stretches]
-    if whiten_here and len(set(lengths)) == 1:
-        advantages = whiten(advantages.view(len(lengths), -1), dim=1).flatten()
-    elif whiten_here:
-        advantages = torch.cat([whiten(advantages[stretch]) for stretch in stretches])
+    advantages = _split(batch.advantages.index_select(0, place), lengths)
+    if whiten_here:
+        advantages = _whitened(advantages)
     # an action's weight asks for its episode only where episodes weigh alike
-    episode = batch.episode if per == "action" else batch.episode.index_select(0, place)
-    return Minibatch(
-        actions=actions,
-        old_logp=batch.old_logp.index_select(0, place),
-        old_value=batch.old_value.index_select(0, place),
-        advantages=advantages,
-        returns=batch.returns.index_select(0, place),
-        weights=torch.cat([action_weights(episode[stretch], per) for stretch in stretches]),
-        ref_logp=None if batch.ref_logp is None else batch.ref_logp.index_select(0, place),
+    episodes = batch.episode if per == "action" else batch.episode.index_select(0, place)
+    ref = None if batch.ref_logp is None else batch.ref_logp.index_select(0, place)
+    columns = (
+        _split(actions, lengths),
+        _split(batch.old_logp.index_select(0, place), lengths),
+        _split(batch.old_value.index_select(0, place), lengths),
+        advantages,
+        _split(batch.returns.index_select(0, place), lengths),
+        _split(_weights(episodes, lengths, per), lengths),
+        [None] * len(lengths) if ref is None else _split(ref, lengths),
     )
+    for own, old_logp, old_value, advantage, returns, weights, ref_logp in zip(*columns, strict=True):
+        yield Minibatch(
+            actions=own,
+            old_logp=old_logp,
+            old_value=old_value,
+            advantages=advantage,
+            returns=returns,
+            weights=weights,
+            ref_logp=ref_logp,
+        )
 
 
 def epoch_order(units: int, *, seed: int, step: int, epoch: int) -> Int[Tensor, " U"]:
@@ -342,6 +350,29 @@ def padding_share(lengths: Int[Tensor, " M"], budget: int | None) -> float:
     """Share of padding among the positions that :func:`micro_batches` of these units have evaluated, in [0, 1)."""
     laid_out = sum(len(group) * int(lengths[group].max()) for group in micro_batches(lengths, budget))
     return 1.0 - int(lengths.sum()) / laid_out if laid_out else 0.0
+
+
+def _split(column: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = column.split(list(lengths))  # type: ignore[no-untyped-call]
+    return parts
+
+
+def _whitened(parts: Sequence[Float[Tensor, " n"]]) -> Sequence[Float[Tensor, " n"]]:
+    """Whiten each part by itself; those of one length, and there are hardly more than two, in one call."""
+    white = list(parts)
+    for length in {len(part) for part in parts}:
+        alike = [place for place, part in enumerate(parts) if len(part) == length]
+        rows = whiten(torch.stack([parts[place] for place in alike]), dim=1)
+        for place, row in zip(alike, rows.unbind(), strict=True):
+            white[place] = row
+    return white
+
+
+def _weights(episodes: Int[Tensor, " K"], lengths: Sequence[int], per: Averaging) -> Float[Tensor, " K"]:
+    if per == "action":
+        shares = torch.tensor([1.0 / max(length, 1) for length in lengths], device=episodes.device)
+        return shares.repeat_interleave(torch.tensor(lengths, device=episodes.device))
+    return torch.cat([action_weights(own, per) for own in _split(episodes, lengths)])
 
 
 def action_weights(episode: Int[Tensor, " n"], per: Averaging) -> Float[Tensor, " n"]:

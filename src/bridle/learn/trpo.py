@@ -138,7 +138,7 @@ def _actor_step(
     policy: TrustRegionPolicy, actor: Sequence[nn.Parameter], batch: Batch, settings: TRPOSettings
 ) -> UpdateStep:
     """Take the natural gradient step, shortened as far as it must be."""
-    ((rows, units, part),) = minibatches(batch, 1, order=None, whiten_here=False, per="action")
+    ((rows, units, part),) = minibatches(batch, 1, orders=[None], whiten_here=False, per="action")
     frozen = policy.freeze(units)
     _check_apart(policy(units).value, actor)
     evaluation = policy(units)
