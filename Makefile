@@ -37,5 +37,5 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[language,control,tensorboard,dev]'
+	$(PIP) -e '.[language,lora,control,tensorboard,dev]'
 	@touch $@ $(VENV)/.ready

@@ -67,6 +67,11 @@ def config_mistakes() -> Iterator[Mistake]:
         "the likeliest 0 tokens": (*SFT, "--evaluation.sampling.top-k", "0"),
         "all but nothing of the probability": (*SFT, "--evaluation.sampling.top-p", "0"),
         "an empty stop string": (*SFT, "--evaluation.sampling.stop-strings", ""),
+        "adapters of rank 0": (*SFT, "--lora.rank", "0"),
+        "adapters of α = 0": (*SFT, "--lora.rank", "2", "--lora.alpha", "0"),
+        "α without adapters": (*SFT, "--lora.alpha", "8"),
+        "layers without adapters": (*SFT, "--lora.targets", "q_proj"),
+        "adapters on layers without a name": (*SFT, "--lora.rank", "2", "--lora.targets", ""),
         "an empty model name": (*SFT, "--model.path", ""),
         "half a character as the end token": (*SFT, "--model.eos-token", "\udcff"),
         "everything held out (reward)": (*REWARD, "--evaluation.share", "1"),
@@ -313,7 +318,36 @@ def model_mistakes() -> Iterator[Mistake]:
         ("a model that looks ahead", "encoder", ""),
     ):
         yield Mistake(group=group, what=what, arguments=(*SFT, "--model.path", name), until=until)
+    for what, name, until in (
+        ("an adapter of another kind", "dora", ""),
+        ("an adapter of no rank", "rankless", ""),
+        ("an adapter of another rank than it says", "other-rank", ""),
+        ("an adapter without a base", "baseless", ""),
+        ("an adapter on nothing", "on-nothing", ""),
+        ("an adapter on an adapter", "on-adapter", ""),
+        ("an adapter of layers that are not there", "foreign", ""),
+        ("an adapter of narrower layers", "narrow-adapter", ""),
+        ("an infinite adapter", "infinite", ""),
+        ("an adapter that is a model too", "both", ""),
+        ("a pickled adapter", "pickled-adapter", ""),
+        ("an adapter's torn description", "torn-adapter", "not JSON:"),
+        ("a reward model's adapter for a policy", "scoring", ""),
+    ):
+        yield Mistake(group=group, what=what, arguments=(*SFT, "--model.path", name), until=until)
     for what, arguments in {
+        "adapters on layers that are not there": (*SFT, "--lora.rank", "2", "--lora.targets", "q_prj"),
+        "adapters of a rank beyond the layers": (*SFT, "--lora.rank", "64"),
+        "an adapter that learns on at another rank": (*SFT, "--lora.rank", "3", "--model.path", "adapter"),
+        "an adapter that learns on with another α": (
+            *(*SFT, "--lora.rank", "2", "--lora.alpha", "3", "--model.path", "adapter"),
+        ),
+        "an adapter that learns on elsewhere": (
+            *(*SFT, "--lora.rank", "2", "--lora.targets", "k_proj", "--model.path", "adapter"),
+        ),
+        "an adapter with new tokens": (
+            *(*SFT, "--lora.rank", "2", "--model.pad-token", "<a>", "--model.eos-token", "<b>"),
+        ),
+        "a policy's adapter for a judge": (*UNJUDGED, "--reward.model", "adapter"),
         "a tokenizer that knows more than the model": (*SFT, "--model.tokenizer", "more-tokens"),
         "a pad token that also ends": (*REWARD, "--model.path", "pad-eos"),
         "no pad token": (*REWARD, "--model.path", "no-pad"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from bridle.language.adapter_files import LowRank, write_adapter
 from bridle.language.models import ModelSettings, load_reward_model, save_model
 from bridle.random import torch_rng
 from tests.language.tiny import byte_tokenizer, tiny_config, tiny_model
@@ -243,6 +244,42 @@ def other_models(world: Path) -> None:
     save_model(world / "encoder", looking, tokenizer)
 
 
+def adapters(world: Path) -> None:
+    """An adapter on the model, and spoilt ones."""
+    ones = LowRank(a=torch.ones(2, 32), b=torch.zeros(32, 2))
+
+    def adapter(name: str, *, layer: str = "q_proj", pair: LowRank = ones, base: str = "model", **changes: Any) -> Path:
+        own = LowRank(a=pair.a.clone(), b=pair.b.clone())
+        layers = {f"model.layers.{i}.self_attn.{layer}": (pair, own)[i] for i in range(2)}
+        write_adapter(world / name, layers, base=base, revision=None, alpha=4.0, transposed=False, task="CAUSAL_LM")
+        edit(world / name / "adapter_config.json", **changes)
+        return world / name
+
+    adapter("adapter")
+    adapter("dora", use_dora=True)
+    adapter("rankless", r=None)
+    adapter("other-rank", r=8)
+    adapter("baseless", base_model_name_or_path=None)
+    adapter("on-nothing", base="./nothing")
+    adapter("on-adapter", base="adapter")
+    adapter("foreign", layer="c_attn")
+    adapter("narrow-adapter", pair=LowRank(a=torch.ones(2, 16), b=torch.zeros(32, 2)))
+    adapter("infinite", pair=LowRank(a=torch.full((2, 32), torch.inf), b=torch.zeros(32, 2)))
+    adapter("both").joinpath("config.json").write_text("{}")
+    (adapter("pickled-adapter") / "adapter_model.safetensors").rename(world / "pickled-adapter/adapter_model.bin")
+    (adapter("torn-adapter") / "adapter_config.json").write_text("{")
+    write_adapter(
+        world / "scoring",
+        {"model.layers.0.self_attn.q_proj": ones},
+        base="model",
+        revision=None,
+        alpha=4.0,
+        transposed=False,
+        task="SEQ_CLS",
+        head=torch.ones(1, 32),
+    )
+
+
 def make_world(path: Path) -> None:
     """Fill an empty folder."""
     model = tiny_model(vocab_size=260)
@@ -251,6 +288,7 @@ def make_world(path: Path) -> None:
     save_model(path / "scores", reward, tokenizer)
     spoilt_models(path)
     other_models(path)
+    adapters(path)
     for name, rows in DATA.items():
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, template in TEMPLATES.items():

@@ -54,6 +54,7 @@ def test_checkpointing_keeps_less_of_each_token() -> None:
 def test_a_run_that_cannot_fit_is_refused_with_the_account(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = MemoryEstimate(
         weights=10**9,
+        shared=0,
         gradients=10**9,
         optimiser=2 * 10**9,
         rollout=0,

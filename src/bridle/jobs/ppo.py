@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bridle.core.divergence import AdaptiveCoefficient
-from bridle.core.moments import Moments
 from bridle.errors import ConfigError, DataError, NonFiniteLogits, NonFiniteStep, ScorerError
 from bridle.jobs.accounts import Accounts, TimedScorer
+from bridle.jobs.carried import State, restore, save
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence, skipped
 from bridle.jobs.judging import tell_mishaps
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
-from bridle.jobs.sources import LANGUAGE, of_data, of_functions, of_model
+from bridle.jobs.sources import of_data, of_functions, of_model, packages_of
 from bridle.language.account import resident_memory
+from bridle.language.adapters import LoraSettings
 from bridle.language.collect import Episode, PromptTokens, collect, prompts_of_step
 from bridle.language.data import DataSettings
 from bridle.language.evaluate import WithGold, assess
@@ -50,8 +50,8 @@ from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep, summarise
-from bridle.runs import Checkpoint
-from bridle.runs.checkpoints import load_tensors, save_tensors
+from bridle.learn.state import learnt_state
+from bridle.runs.checkpoints import save_tensors
 from bridle.runs.depends import Sources
 
 __all__ = ["EvaluationSettings", "PPOConfig", "open_prompts", "run"]
@@ -85,6 +85,8 @@ class PPOConfig:
     """Where the run lies and what it runs on."""
     model: ModelSettings
     """The model to train; its first state is the reference."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapters that learn in place of the model's weights, which actor, critic and reference then share."""
     prompts: DataSettings
     """What it answers."""
     reward: RewardSettings
@@ -158,7 +160,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
     world = _open(config)
     optimiser = Optimiser(world.roles.groups(config.actor, config.critic_optim), total_steps=config.steps)
     with open_session("ppo", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
-        state = _restore(config, world, optimiser, session.checkpoint)
+        state = restore(config.kl, world.roles, optimiser, session.checkpoint)
         for note in world.notes:
             session.say(note)
         if session.start == 0:
@@ -191,10 +193,13 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                 session.tell_memory(step, budget)
                 if step % config.evaluation.every == 0 or step == config.steps:
                     _evaluate(config, world, session, step)
-                session.end_step(step, last=config.steps, save=partial(_save, world, optimiser, state))
+                session.end_step(step, last=config.steps, save=partial(save, world.roles, optimiser, state))
         with session.run.export("policy") as folder:
             world.roles.save_policy(folder)
-        session.say(f"policy: {session.run.path / 'policy'} (opens with AutoModelForCausalLM)")
+        if config.lora.merged:
+            with session.run.export("merged") as folder:
+                world.roles.save_merged(folder)
+        session.say(f"policy: {session.run.path / 'policy'} ({world.roles.opens_with})")
     return session.run.path
 
 
@@ -228,7 +233,9 @@ def _sources(config: PPOConfig) -> Sources:
     judges = {"functions": config.reward.functions, "groups": config.reward.groups, "rankings": config.reward.rankings}
     for setting, names in judges.items():
         files |= of_functions(f"reward.{setting}", names)
-    return Sources(packages=LANGUAGE, files=files | of_functions("evaluation.gold", config.evaluation.gold))
+    return Sources(
+        packages=packages_of(config.lora), files=files | of_functions("evaluation.gold", config.evaluation.gold)
+    )
 
 
 def _open(config: PPOConfig) -> _World:
@@ -244,8 +251,10 @@ def _open(config: PPOConfig) -> _World:
         leashed=config.objective.kl_loss == "exact",
         recompute=config.recompute,
         sampler=config.sampler,
+        lora=config.lora,
+        seed=config.run.seed,
     )
-    scorer = build_scorer(config.reward, roles.tokenizer, device=device)
+    scorer = build_scorer(config.reward, roles.tokenizer, device=device, base=roles.base)
     gold = gold_scorers(config.evaluation.gold, config.reward.judging, scorer.mishaps)
     prompts, held_out, notes = open_prompts(config, roles)
     longest = max(len(prompt.ids) for prompt in (*prompts, *held_out)) + config.sampling.max_new_tokens
@@ -337,7 +346,7 @@ def _collect(config: PPOConfig, world: _World, seed: int, step: int) -> list[Epi
     return episodes
 
 
-def _prepare(config: PPOConfig, world: _World, state: _State, episodes: list[Episode], budget: MicroBudget) -> Prepared:
+def _prepare(config: PPOConfig, world: _World, state: State, episodes: list[Episode], budget: MicroBudget) -> Prepared:
     lengths = torch.tensor([len(e.prompt.ids) + len(e.ids) for e in episodes])
     return within_memory(
         budget,
@@ -359,7 +368,7 @@ def _prepare(config: PPOConfig, world: _World, state: _State, episodes: list[Epi
 def _update(
     config: PPOConfig,
     world: _World,
-    state: _State,
+    state: State,
     optimiser: Optimiser,
     prepared: Prepared,
     seed: int,
@@ -391,62 +400,12 @@ def _kept(world: _World, fault: NonFiniteStep) -> Kept:
     evidence = evidence_of(fault)
     assert isinstance(evidence.units, Segments)
     tensors, report = of_evidence(evidence, segments_to(evidence.units))
-    weights = world.roles.policy.state_dict()
+    weights = learnt_state(world.roles.policy)
     return Kept(
         tensors=tensors,
         save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),
         report=report,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _State:
-    """What a run carries from step to step besides weights and optimiser."""
-
-    moments: Moments
-    """Of all scores so far."""
-    kl_coefficient: float
-    """β, reward per nat."""
-    controller: AdaptiveCoefficient | None
-    """What steers β; None if it is fixed."""
-
-    def after(self, prepared: Prepared, exact_kl: float, answers: int) -> _State:
-        """Take in the scores, and steer the leash by this step's KL."""
-        if self.controller is None:
-            return replace(self, moments=prepared.moments)
-        controller = self.controller.updated(exact_kl, answers)
-        return _State(moments=prepared.moments, kl_coefficient=controller.coefficient, controller=controller)
-
-
-def _save(world: _World, optimiser: Optimiser, state: _State, folder: Path) -> None:
-    roles = world.roles
-    roles.save_policy(folder / "policy")
-    save_tensors(folder / "critic.safetensors", roles.policy.critic.state_dict())
-    save_tensors(folder / "optimiser.safetensors", optimiser.state())
-    m = state.moments
-    carried = {"count": m.count, "mean": m.mean, "m2": m.m2}
-    save_tensors(
-        folder / "state.safetensors",
-        carried | {"kl_coefficient": torch.tensor(state.kl_coefficient, dtype=torch.float64)},
-    )
-
-
-def _restore(config: PPOConfig, world: _World, optimiser: Optimiser, checkpoint: Checkpoint | None) -> _State:
-    """Return the state at the beginning, or what a checkpoint kept."""
-    roles = world.roles
-    controller = config.kl.controller()
-    if checkpoint is None:
-        coefficient = 0.0 if config.kl.where == "none" else config.kl.coefficient
-        return _State(moments=Moments.empty(), kl_coefficient=coefficient, controller=controller)
-    folder, device = checkpoint.path, str(roles.policy.device)
-    roles.restore_policy(str(folder / "policy"))
-    roles.policy.critic.load_state_dict(load_tensors(folder / "critic.safetensors", device=device))
-    optimiser.load_state(load_tensors(folder / "optimiser.safetensors", device=device))
-    kept = load_tensors(folder / "state.safetensors")
-    coefficient = float(kept.pop("kl_coefficient"))
-    if controller is not None:
-        controller = replace(controller, coefficient=coefficient)
-    return _State(moments=Moments(**kept), kl_coefficient=coefficient, controller=controller)
 
 
 def _evaluate(config: PPOConfig, world: _World, session: Session, step: int) -> None:

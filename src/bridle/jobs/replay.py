@@ -22,6 +22,7 @@ from bridle.jobs.config import from_dict
 from bridle.jobs.faults import FORMAT, digests, minibatch_from
 from bridle.learn.a2c import A2CObjective
 from bridle.learn.ppo import PPOObjective
+from bridle.learn.state import load_learnt
 from bridle.learn.step import HandDifferentiated, Minibatch, Objective, accumulate, add_loss
 from bridle.runs.checkpoints import load_json, load_tensors
 from bridle.runs.files import Json, JsonObject
@@ -178,7 +179,7 @@ def _device(name: str) -> torch.device:
 
 def _load(model: nn.Module, folder: Path, device: torch.device) -> None:
     try:
-        model.load_state_dict(load_tensors(folder / "weights.safetensors", device=str(device)))
+        load_learnt(model, load_tensors(folder / "weights.safetensors", device=str(device)))
     except RuntimeError as error:
         text = " ".join(str(error).split())[:200]
         raise RunError(f"{folder}: the weights do not fit the model that its settings name ({text})") from None
@@ -225,6 +226,8 @@ def _ppo(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
         compute_dtype=getattr(torch, config.run.dtype),
         leashed=config.objective.kl_loss == "exact",
         sampler="reference",
+        lora=config.lora,
+        seed=config.run.seed,
     )
     policy = roles.policy
     _load(policy, folder, device)
@@ -246,16 +249,14 @@ def _ppo(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
 
 
 def _sft(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
-    from bridle.jobs.sft import SFTConfig
+    from bridle.jobs.sft import SFTConfig, open_model
     from bridle.language.causal import CausalModel
     from bridle.language.evidence import demonstrations_from
     from bridle.language.likelihood import add_likelihood
-    from bridle.language.models import disable_dropout, load_causal_lm
 
     config = _config(SFTConfig, report)
     device, dtype = _device(config.run.device), getattr(torch, config.run.dtype)
-    network, _ = load_causal_lm(config.model, device=device)
-    disable_dropout(network)
+    network, _, _ = open_model(config, device)
     model = CausalModel(network)
     _load(model, folder, device)
 
@@ -270,15 +271,13 @@ def _sft(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
 
 
 def _reward(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
-    from bridle.jobs.reward import RewardConfig
+    from bridle.jobs.reward import RewardConfig, open_model
     from bridle.language.evidence import comparisons_from
-    from bridle.language.models import disable_dropout, load_reward_model
     from bridle.language.reward_model import add_comparisons
 
     config = _config(RewardConfig, report)
     device, dtype = _device(config.run.device), getattr(torch, config.run.dtype)
-    model, _ = load_reward_model(config.model, seed=config.run.seed, device=device)
-    disable_dropout(model)
+    model = open_model(config, device).model
     _load(model, folder, device)
 
     def compute() -> None:

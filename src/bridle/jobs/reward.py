@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -16,7 +16,8 @@ from bridle.errors import ConfigError, DataError, NonFiniteStep
 from bridle.jobs.config import to_dict
 from bridle.jobs.faults import Kept, contain, skipped
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
-from bridle.jobs.sources import LANGUAGE, of_data, of_model
+from bridle.jobs.sources import of_data, of_model, packages_of
+from bridle.language.adapters import Adapted, LoraSettings, open_adapted
 from bridle.language.comparisons import Comparison, encode_comparisons
 from bridle.language.data import DataSettings, Encoder, read_preferences, read_rankings
 from bridle.language.evidence import comparisons_to
@@ -41,6 +42,7 @@ from bridle.language.reward_model import (
 )
 from bridle.learn.memory import MicroBudget
 from bridle.learn.optim import Group, Optimiser, OptimSettings
+from bridle.learn.state import learnt_state, load_learnt
 from bridle.runs.checkpoints import load_json, load_tensors, save_json, save_tensors
 from bridle.runs.depends import Sources
 from bridle.runs.files import Json
@@ -48,10 +50,21 @@ from bridle.runs.files import Json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EvaluationSettings", "RewardConfig", "run"]
+__all__ = ["EvaluationSettings", "RewardConfig", "open_model", "run"]
 
 Metric = float | int | str | bool | None
-Opened: TypeAlias = "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A model before its first step."""
+
+    model: PreTrainedModel
+    """In evaluation mode, without dropout."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer."""
+    adapted: Adapted | None
+    """Its adapter, where one learns in place of its weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +103,8 @@ class RewardConfig:
     """Where it starts: a causal language model (its head is new), or a reward model."""
     data: DataSettings
     """Comparisons to learn from."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """An adapter that learns, with the head, in place of the model's weights."""
     kind: Literal["pairs", "rankings"] = "pairs"
     """pairs: a chosen and a rejected answer (Bradley–Terry); rankings: K answers, best first (Plackett–Luce)."""
     epochs: int = 1
@@ -179,28 +194,37 @@ def plan(config: RewardConfig, groups: Sequence[int], apart: Sequence[int]) -> l
 class Learner:
     """The model of one phase and its optimiser."""
 
-    model: PreTrainedModel
-    """In evaluation mode, without dropout; float32 weights."""
-    tokenizer: PreTrainedTokenizerBase
-    """Its tokenizer."""
     optimiser: Optimiser
     """Of one group, "reward"."""
+    opened: Opened
+    """The model with what belongs to it."""
 
     @classmethod
     def of(cls, config: RewardConfig, opened: Opened, steps: int) -> Learner:
         """Give the model an optimiser for ``steps`` steps."""
-        model, tokenizer = opened
-        group = Group(name="reward", parameters=dict(model.named_parameters()), settings=config.optim)
-        return cls(model=model, tokenizer=tokenizer, optimiser=Optimiser([group], total_steps=steps))
+        group = Group(name="reward", parameters=dict(opened.model.named_parameters()), settings=config.optim)
+        return cls(opened=opened, optimiser=Optimiser([group], total_steps=steps))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """In evaluation mode, without dropout."""
+        return self.opened.model
+
+    def export(self, folder: Path) -> None:
+        """Write a folder that opens as a reward model: whole, or an adapter."""
+        if self.opened.adapted is None:
+            save_model(folder, self.model, self.opened.tokenizer)
+        else:
+            self.opened.adapted.save(folder)
 
     def save(self, folder: Path) -> None:
         """Write weights and moments."""
-        save_tensors(folder / "model.safetensors", self.model.state_dict())
+        save_tensors(folder / "model.safetensors", learnt_state(self.model))
         save_tensors(folder / "optimiser.safetensors", self.optimiser.state())
 
     def restore(self, folder: Path) -> None:
         """Put back what :meth:`save` wrote."""
-        self.model.load_state_dict(load_tensors(folder / "model.safetensors"))
+        load_learnt(self.model, load_tensors(folder / "model.safetensors"))
         self.optimiser.load_state(load_tensors(folder / "optimiser.safetensors"))
 
 
@@ -241,7 +265,7 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
             for step in session.steps(total):
                 phase = world.phase_of(step)
                 if step == phase.first and phase is not world.phases[0]:
-                    learner = Learner.of(config, _open_model(config, session.device), phase.steps)
+                    learner = Learner.of(config, open_model(config, session.device), phase.steps)
                 metrics = _train(world, learner, phase, step, session, budget)
                 session.tell_memory(step, budget)
                 if phase.held_out and _is_due(config, phase, step):
@@ -257,11 +281,12 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
 
 def _sources(config: RewardConfig) -> Sources:
     files = of_model("model", config.model) | of_data("data.path", config.data.path)
-    return Sources(packages=LANGUAGE, files=files | of_data("evaluation.path", config.evaluation.path))
+    return Sources(packages=packages_of(config.lora), files=files | of_data("evaluation.path", config.evaluation.path))
 
 
 def _open(config: RewardConfig) -> World:
-    model, tokenizer = _open_model(config, resolve_device(config.run.device))
+    opened = open_model(config, resolve_device(config.run.device))
+    model, tokenizer = opened.model, opened.tokenizer
     encoder = Encoder.of(tokenizer, stop_ids(model, tokenizer))
     context = context_length(model.config)
     if config.max_tokens is not None and context is not None and config.max_tokens > context:
@@ -280,16 +305,21 @@ def _open(config: RewardConfig) -> World:
         notes += (*records.notes, *said)
     everything = [comparison for part in parts for comparison in part]
     phases = plan(config, [c.group for c in parts[0]], range(len(parts[0]), len(everything)))
-    first = Learner.of(config, (model, tokenizer), phases[0].steps)
+    first = Learner.of(config, opened, phases[0].steps)
     return World(config=config, comparisons=everything, phases=phases, notes=notes, learner=first)
 
 
-def _open_model(config: RewardConfig, device: torch.device) -> Opened:
+def open_model(config: RewardConfig, device: torch.device) -> Opened:
     """Open the model as it is before the first step; every phase begins with the same."""
-    model, tokenizer = load_reward_model(config.model, seed=config.run.seed, device=device)
+    adapted = None
+    if config.lora.rank is None:
+        model, tokenizer = load_reward_model(config.model, seed=config.run.seed, device=device)
+    else:
+        adapted = open_adapted(config.model, config.lora, seed=config.run.seed, device=device, reward=True)
+        model, tokenizer = adapted.model, adapted.tokenizer
     disable_dropout(model)
     check_score_head(model)
-    return model.eval(), tokenizer
+    return Opened(model=model.eval(), tokenizer=tokenizer, adapted=adapted)
 
 
 def _train(
@@ -313,7 +343,7 @@ def _train(
 
 
 def _kept(learner: Learner, batch: Sequence[Comparison], phase: Phase) -> Kept:
-    weights = learner.model.state_dict()
+    weights = learnt_state(learner.model)
     return Kept(
         tensors=comparisons_to(batch),
         save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),
@@ -383,7 +413,7 @@ def _restore(world: World, session: Session) -> tuple[Learner, dict[int, list[fl
     checkpoint = session.checkpoint
     if checkpoint is None:
         return world.learner, {}
-    opened = world.learner.model, world.learner.tokenizer  # its weights are replaced next
+    opened = world.learner.opened  # its weights are replaced next
     learner = Learner.of(world.config, opened, world.phase_of(checkpoint.step).steps)
     learner.restore(checkpoint.path)
     saved = cast("dict[str, list[float]]", load_json(checkpoint.path / "scores.json"))
@@ -408,10 +438,14 @@ def _finish(world: World, learner: Learner, scores: dict[int, list[float]], sess
     session.run.summary("evaluation.json", summary)
     session.run.samples(final.last, _rows(world, scores, tried), name="held-out")
     with session.run.export("reward") as folder:
-        save_model(folder, learner.model, learner.tokenizer)
+        learner.export(folder)
+    if learner.opened.adapted is not None and world.config.lora.merged:
+        with session.run.export("merged") as folder:
+            learner.opened.adapted.save_merged(folder)
     session.say(_verdict(quality))
     session.run.event("evaluation", _verdict(quality))
-    session.say(f"reward model: {session.run.path / 'reward'} (opens with AutoModelForSequenceClassification)")
+    opens = "AutoModelForSequenceClassification" if learner.opened.adapted is None else "peft.PeftModel: an adapter"
+    session.say(f"reward model: {session.run.path / 'reward'} (opens with {opens})")
 
 
 def _rows(

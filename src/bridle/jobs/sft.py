@@ -16,7 +16,8 @@ import torch
 from bridle.errors import ConfigError, DataError, NonFiniteStep
 from bridle.jobs.faults import Kept, contain, skipped
 from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
-from bridle.jobs.sources import LANGUAGE, of_data, of_model
+from bridle.jobs.sources import of_data, of_model, packages_of
+from bridle.language.adapters import Adapted, LoraSettings, open_adapted
 from bridle.language.causal import CausalModel
 from bridle.language.data import DataSettings, Encoded, Encoder, encode_demonstrations, read_demonstrations
 from bridle.language.evidence import demonstrations_to
@@ -32,14 +33,15 @@ from bridle.language.models import (
 )
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.learn.optim import Group, Optimiser, OptimSettings
+from bridle.learn.state import learnt_state
 from bridle.random import permutation, uniforms
 from bridle.runs.checkpoints import load_tensors, save_tensors
 from bridle.runs.depends import Sources
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["EvaluationSettings", "SFTConfig", "run"]
+__all__ = ["EvaluationSettings", "SFTConfig", "open_model", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class SFTConfig:
     """The model to start from."""
     data: DataSettings
     """Demonstrations: prompts and answers, or chats."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """An adapter that learns in place of the model's weights."""
     epochs: int = 1
     """Passes over the demonstrations."""
     batch_size: int = 32
@@ -142,13 +146,17 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
                 progress.advance(**shown)
                 session.end_step(step, last=total, save=partial(_save, world, optimiser))
         with session.run.export("policy") as folder:
-            save_model(folder, world.model.model, world.tokenizer)
-        session.say(f"policy: {session.run.path / 'policy'} (opens with AutoModelForCausalLM)")
+            world.save(folder)
+        if world.adapted is not None and config.lora.merged:
+            with session.run.export("merged") as folder:
+                world.adapted.save_merged(folder)
+        opens = "opens with AutoModelForCausalLM" if world.adapted is None else "an adapter; opens with peft.PeftModel"
+        session.say(f"policy: {session.run.path / 'policy'} ({opens})")
     return config.run.dir
 
 
 def _kept(world: _World, batch: list[Encoded]) -> Kept:
-    weights = world.model.state_dict()
+    weights = learnt_state(world.model)
     return Kept(
         tensors=demonstrations_to(batch),
         save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),
@@ -168,17 +176,38 @@ class _World:
     held_out: list[Encoded]
     context: int | None
     notes: tuple[str, ...]
+    adapted: Adapted | None
+
+    def save(self, folder: Path) -> None:
+        """Write the policy: a model, or an adapter."""
+        if self.adapted is None:
+            save_model(folder, self.model.model, self.tokenizer)
+        else:
+            self.adapted.save(folder)
 
 
 def _sources(config: SFTConfig) -> Sources:
     files = of_model("model", config.model) | of_data("data.path", config.data.path)
-    return Sources(packages=LANGUAGE, files=files | of_data("evaluation.path", config.evaluation.path))
+    return Sources(packages=packages_of(config.lora), files=files | of_data("evaluation.path", config.evaluation.path))
+
+
+def open_model(
+    config: SFTConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapted | None]:
+    """Open the model as it is before the first step, with the adapter that learns, if one does."""
+    adapted = None
+    if config.lora.rank is None:
+        network, tokenizer = load_causal_lm(config.model, device=device)
+    else:
+        adapted = open_adapted(config.model, config.lora, seed=config.run.seed, device=device)
+        network, tokenizer = adapted.model, adapted.tokenizer
+    disable_dropout(network)
+    return network, tokenizer, adapted
 
 
 def _open(config: SFTConfig) -> _World:
     device, dtype = resolve_device(config.run.device), getattr(torch, config.run.dtype)
-    network, tokenizer = load_causal_lm(config.model, device=device)
-    disable_dropout(network)
+    network, tokenizer, adapted = open_model(config, device)
     model, stops = CausalModel(network), stop_ids(network, tokenizer)
     context = context_length(network.config)
     if config.max_tokens is not None and context is not None and config.max_tokens > context:
@@ -209,6 +238,7 @@ def _open(config: SFTConfig) -> _World:
         training=training,
         held_out=held_out,
         context=context,
+        adapted=adapted,
         notes=(*tokenizer_notes(tokenizer), *notes, *(() if model.warning is None else (model.warning,))),
     )
 
@@ -257,7 +287,7 @@ def _answer(config: SFTConfig, world: _World, asked: list[Encoded]) -> list[dict
 
 
 def _save(world: _World, optimiser: Optimiser, folder: Path) -> None:
-    save_model(folder / "policy", world.model.model, world.tokenizer)
+    world.save(folder / "policy")
     save_tensors(folder / "optimiser.safetensors", optimiser.state())
 
 
@@ -266,6 +296,9 @@ def _restore(world: _World, optimiser: Optimiser, session: Session) -> None:
     if session.checkpoint is None:
         return
     folder, device = session.checkpoint.path, world.model.device
-    saved, _ = load_causal_lm(ModelSettings(path=str(folder / "policy")), device=device)
-    world.model.model.load_state_dict(saved.state_dict())
+    if world.adapted is not None:
+        world.adapted.restore(folder / "policy")
+    else:
+        saved, _ = load_causal_lm(ModelSettings(path=str(folder / "policy")), device=device)
+        world.model.model.load_state_dict(saved.state_dict())
     optimiser.load_state(load_tensors(folder / "optimiser.safetensors", device=str(device)))

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
     from bridle.control.making import GivenWorld, WorldSettings
+    from bridle.language.adapters import LoraSettings
     from bridle.language.models import ModelSettings
 
-__all__ = ["LANGUAGE", "of_data", "of_functions", "of_model", "of_world"]
+__all__ = ["LANGUAGE", "of_data", "of_functions", "of_model", "of_world", "packages_of"]
 
 LANGUAGE = ("transformers", "tokenizers")
 """Packages whose version may change what a language job computes."""
@@ -24,9 +25,19 @@ _OF_WORLDS = {"gymnasium.envs.mujoco": "mujoco", "gymnasium.envs.box2d": "box2d"
 """Module of an environment → the package that computes it."""
 
 
+def packages_of(lora: LoraSettings) -> tuple[str, ...]:
+    """Packages whose version may change what a job computes that may train adapters."""
+    return LANGUAGE if lora.rank is None else (*LANGUAGE, "peft")
+
+
 def of_model(setting: str, model: ModelSettings) -> dict[str, Path]:
-    """Return the folders and files that a model's settings name."""
+    """Return the folders and files that a model's settings name, of an adapter its base too; the model has been opened."""
+    from bridle.language.models import adapter_of
+
     found = _folder(setting, model.path, "config.json", model.revision)
+    adapter = adapter_of(model)
+    if adapter is not None:
+        found |= _folder(f"{setting}'s base", adapter.base, "config.json", adapter.revision)
     if model.tokenizer is not None:
         found |= _folder(f"{setting}.tokenizer", model.tokenizer, "tokenizer_config.json", None)
     if model.chat_template is not None:

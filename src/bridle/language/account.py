@@ -37,21 +37,28 @@ class Work:
     """A, numbers in the queries of one token, over all layers."""
     projection: int
     """V·D, numbers in the vocabulary projection; 0 for a model that has none."""
+    frozen_matrices: int = 0
+    """How many of N have no gradient: a backward pass takes 2 a token less for each."""
+    frozen_projection: int = 0
+    """The same of V·D."""
 
     @classmethod
     def of(cls, model: Any, *, projection: bool = True) -> Work:
         """Read off a model of transformers; without ``projection`` its backbone alone."""
         backbone = model.base_model
         tables = {id(module.weight) for module in backbone.modules() if isinstance(module, nn.Embedding)}
-        matrices = sum(p.numel() for p in backbone.parameters() if p.ndim >= 2 and id(p) not in tables)
+        matrices = [p for p in backbone.parameters() if p.ndim >= 2 and id(p) not in tables]
         config = backbone.config.get_text_config()
         heads = int(config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         head = model.get_output_embeddings() if projection else None
+        projected = 0 if head is None else head.weight.numel()
         return cls(
-            matrices=matrices,
+            matrices=sum(p.numel() for p in matrices),
             attention=heads * width * int(config.num_hidden_layers),
-            projection=0 if head is None else head.weight.numel(),
+            projection=projected,
+            frozen_matrices=sum(p.numel() for p in matrices if not p.requires_grad),
+            frozen_projection=0 if head is None or head.weight.requires_grad else projected,
         )
 
     def forward(self, lengths: Int[Tensor, " U"], actions: int) -> float:
@@ -62,7 +69,8 @@ class Work:
 
     def training(self, lengths: Int[Tensor, " U"], actions: int) -> float:
         """Operations of a forward and a backward pass."""
-        return 3.0 * self.forward(lengths, actions)
+        spared = 2.0 * self.frozen_matrices * int(lengths.sum()) + 2.0 * self.frozen_projection * actions
+        return 3.0 * self.forward(lengths, actions) - spared
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bridle.errors import ModelError
 
-__all__ = ["check_folder"]
+__all__ = ["check_folder", "tensor_shapes"]
 
 _DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _LENGTHS = ("vocab_size", "hidden_size", "n_embd")
@@ -31,7 +31,7 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json: not a model folder in Hugging Face layout")
     found = [_object(folder / name) for name in _DESCRIPTIONS if (folder / name).is_file()]
-    _check_skeleton(folder, found[0], [shape for path in _weights(folder) for shape in _shapes(path)])
+    _check_skeleton(folder, found[0], [shape for path in _weights(folder) for shape in tensor_shapes(path).values()])
 
 
 def _object(path: Path) -> Mapping[str, object]:
@@ -77,13 +77,14 @@ def _no_weights(folder: Path) -> ModelError:
     return ModelError(f"{folder} holds no weights (no model.safetensors){hint}")
 
 
-def _shapes(path: Path) -> list[tuple[int, ...]]:
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor, from the file's header; the file's length must be what the header says."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118  it is no mapping
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ class MemoryEstimate:
     """Bytes that a run holds, part by part. Training and generation take turns, so only the larger of the two counts."""
 
     weights: int
-    """Of all models: actor, critic, reference and judge."""
+    """Of all models: actor, critic, reference and judge; what several of them share counts once."""
+    shared: int
+    """Of those, what more than one of them holds: the base of adapters."""
     gradients: int
     """Of the weights that are trained."""
     optimiser: int
@@ -48,8 +51,9 @@ class MemoryEstimate:
 
     def sentence(self) -> str:
         """The whole account in one line."""
+        shared = f" ({_size(self.shared)} of them one base that the models share)" if self.shared else ""
         own = (
-            f"weights {_size(self.weights)}, gradients {_size(self.gradients)}, optimiser {_size(self.optimiser)}, "
+            f"weights {_size(self.weights)}{shared}, gradients {_size(self.gradients)}, optimiser {_size(self.optimiser)}, "
             f"training {_size(self.training)} for {self.tokens:,} tokens at a time, generation {_size(self.generation)}"
         )
         return f"memory: about {_size(self.total)} at most: {own}"
@@ -81,7 +85,9 @@ def estimate_memory(
         keeps_features: whether the loss reads the reference's hidden states.
     """
     moved = {id(p): p for p in policy.parameters() if p.requires_grad}
-    held = {id(p): p for module in (policy, *others) for p in (*module.parameters(), *module.buffers())}
+    roles = (policy.actor, policy.critic, *others)
+    held = {id(p): p for module in roles for p in (*module.parameters(), *module.buffers())}
+    owners = Counter(at for module in roles for at in {p.untyped_storage().data_ptr() for p in module.parameters()})
     tokens = -(-answers // minibatches) * longest
     if micro_batch_tokens is not None:
         tokens = max(min(tokens, micro_batch_tokens), longest)
@@ -95,6 +101,7 @@ def estimate_memory(
     trained = sum(p.numel() for p in moved.values())
     return MemoryEstimate(
         weights=_bytes(held.values()),
+        shared=_bytes(p for p in held.values() if owners[p.untyped_storage().data_ptr()] > 1),
         gradients=_bytes(moved.values()),
         optimiser=8 * trained,
         rollout=answers * answer_tokens * policy.actor.width * 4 if keeps_features else 0,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bridle.errors import ConfigError, ModelError
+from bridle.language.adapter_files import Adapter, is_adapter, merge_into, read_adapter
 from bridle.language.folders import check_folder
 from bridle.random import torch_rng
 
@@ -24,12 +25,15 @@ if TYPE_CHECKING:  # importing transformers takes seconds: only the functions th
 
 __all__ = [
     "ModelSettings",
+    "adapter_of",
+    "base_of",
     "check_reward_padding",
     "context_length",
     "disable_dropout",
     "load_causal_lm",
     "load_reward_model",
     "load_tokenizer",
+    "put_head",
     "recompute_layers",
     "save_model",
     "stop_ids",
@@ -45,7 +49,7 @@ class ModelSettings:
     """Which model to open, and how its tokenizer is to be completed."""
 
     path: str
-    """Folder or hub name of the model, in Hugging Face layout with safetensors weights."""
+    """Folder or hub name of the model, in Hugging Face layout with safetensors weights; or folder of a LoRA adapter."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; by default the model's own."""
     pad_token: str | None = None
@@ -191,6 +195,8 @@ def _load(
             ignore_mismatched_sizes=True,  # refused here, by name
             **kwargs,
         )
+    if model._hf_peft_config_loaded:  # transformers follows an adapter on the hub to its base by itself, unchecked
+        raise ModelError(f"{settings.path} is an adapter on the hub; download it, and name its folder")
     if info["mismatched_keys"]:
         name, held, expected = min(info["mismatched_keys"])
         raise ModelError(
@@ -218,16 +224,55 @@ def _checked(settings: ModelSettings) -> str:
     return str(folder)
 
 
+def adapter_of(settings: ModelSettings) -> Adapter | None:
+    """Return the adapter that the settings' folder holds; None where it is a model, or a hub name.
+
+    Raises ModelError as :func:`bridle.language.adapter_files.read_adapter`.
+    """
+    folder = _local(settings.path, "model")
+    return read_adapter(folder) if folder is not None and is_adapter(folder) else None
+
+
+def base_of(settings: ModelSettings, adapter: Adapter) -> ModelSettings:
+    """Return the settings of an adapter's base, with the adapter's own tokenizer where its folder holds one.
+
+    Raises ModelError where the base is no model, or an adapter too.
+    """
+    base = replace(settings, path=adapter.base, revision=adapter.revision)
+    try:
+        folder = _local(adapter.base, "base")
+    except ModelError as error:
+        raise ModelError(f"adapter {settings.path}: {error}; its adapter_config.json names that base") from error
+    if folder is not None and is_adapter(folder):
+        raise ModelError(f"adapter {settings.path}: its base {adapter.base} is an adapter too; merge that one first")
+    own = settings.tokenizer is None and any((adapter.folder / name).is_file() for name in _TOKENIZER_FILES)
+    return replace(base, tokenizer=settings.path) if own else base
+
+
 def load_causal_lm(
-    settings: ModelSettings, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    settings: ModelSettings,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    grow: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a causal language model and its tokenizer; the model is in evaluation mode, on ``device``, in ``dtype``.
+
+    An adapter's folder gives its base with the adapter added to the weights. Without ``grow`` tokens that the model has no
+    rows for are refused, whoever added them.
 
     Raises ModelError where the folder is not such a model, lacks weights or has others, or where its vocabulary is
     smaller than the tokenizer's.
     """
     from transformers import AutoModelForCausalLM
 
+    adapter = adapter_of(settings)
+    if adapter is not None:
+        model, tokenizer = load_causal_lm(base_of(settings, adapter), device=device, dtype=dtype, grow=False)
+        if adapter.head is not None:
+            raise ModelError(f"{settings.path} is the adapter of a reward model; a language model's is needed")
+        merge_into(model, adapter)
+        return model, tokenizer
     _checked(settings)
     tokenizer = load_tokenizer(settings)
     with torch_rng(0, "model-load"):  # whatever the checkpoint lacks is refused below
@@ -241,20 +286,35 @@ def load_causal_lm(
             f"{settings.path} holds weights that {type(model).__name__} has no place for: {_some(unexpected)}; "
             "is it a reward model, or another kind of model?"
         )
-    _fit_vocabulary(model, tokenizer, settings)
+    _fit_vocabulary(model, tokenizer, settings, grow=grow)
     return model.to(device), tokenizer
 
 
 def load_reward_model(
-    settings: ModelSettings, *, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    settings: ModelSettings,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    grow: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a sequence classifier with one output; from a causal checkpoint its head is new, drawn from ``seed``.
+
+    An adapter's folder gives its base with the adapter added to the weights, and the adapter's head where it has one.
 
     Raises ModelError as :func:`load_causal_lm`, and where the tokenizer's padding would make the class read the wrong
     token (see :func:`check_reward_padding`).
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    adapter = adapter_of(settings)
+    if adapter is not None:
+        whole = base_of(settings, adapter)
+        model, tokenizer = load_reward_model(whole, seed=seed, device=device, dtype=dtype, grow=False)
+        merge_into(model, adapter)
+        if adapter.head is not None:
+            put_head(model, adapter.head)
+        return model, tokenizer
     source = _checked(settings)
     tokenizer = load_tokenizer(settings)
     check_reward_padding(tokenizer)
@@ -273,10 +333,17 @@ def load_reward_model(
     if lacking or foreign:
         what = f"lacks {_some(lacking)}" if lacking else f"holds {_some(foreign)} too many"
         raise ModelError(f"{settings.path} does not fit {type(model).__name__}: it {what}")
-    _fit_vocabulary(model, tokenizer, settings)
+    _fit_vocabulary(model, tokenizer, settings, grow=grow)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device), tokenizer
+
+
+@torch.no_grad()
+def put_head(model: PreTrainedModel, head: Tensor) -> None:
+    """Give a sequence classifier the head of an adapter's folder; it is a reward model then, whatever its base was."""
+    model.score.weight.copy_(head)
+    model.config.architectures = [type(model).__name__]
 
 
 def _with_one_label(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -368,7 +435,9 @@ def recompute_layers(model: PreTrainedModel) -> None:
         raise ModelError(f"{type(model).__name__} cannot recompute its layers; leave recompute out") from error
 
 
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
+def _fit_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, *, grow: bool
+) -> None:
     """Grow the embeddings for tokens that the settings added; refuse a tokenizer larger than the model otherwise."""
     rows = model.get_input_embeddings().weight.shape[0]
     asked = {settings.pad_token, settings.eos_token}
@@ -380,6 +449,11 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             "name the right one with --model.tokenizer FOLDER"
         )
     needed = max((*vocabulary.values(), -1)) + 1
+    if needed > rows and not grow:
+        raise ModelError(
+            f"{settings.path} has no row for the token {tokenizer.convert_ids_to_tokens(needed - 1)!r}, and an adapter cannot "
+            "hold one; name a token that the model knows, or add it by a run without lora"
+        )
     if needed > rows:
         with quiet(), torch_rng(0, "model-resize"):
             model.resize_token_embeddings(needed, mean_resizing=False)

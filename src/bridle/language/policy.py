@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bridle.batch import Evaluation, Units
 from bridle.core.head import HeadAnswers, HeadSlopes
+from bridle.language.adapters import twin
 from bridle.language.causal import CausalModel
 from bridle.language.models import recompute_layers
 from bridle.language.segments import Layout, Segments, layout
@@ -59,7 +60,7 @@ def critic_from_reward_model(reward: PreTrainedModel) -> Critic:
         head.weight.copy_(score.weight)
         if score.bias is not None:
             head.bias.copy_(score.bias)
-    return Critic(copy.deepcopy(reward.base_model), head)
+    return Critic(twin(reward.base_model), head)
 
 
 class LanguagePolicy(nn.Module, OnePass):

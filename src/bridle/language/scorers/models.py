@@ -12,9 +12,19 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bridle.errors import ConfigError, ModelError, ScorerError
+from bridle.language.adapters import Base, adapted_reward_model
 from bridle.language.chat import Message
 from bridle.language.data import Encoder
-from bridle.language.models import ModelSettings, context_length, disable_dropout, load_reward_model, stop_ids
+from bridle.language.models import (
+    ModelSettings,
+    adapter_of,
+    check_reward_padding,
+    context_length,
+    disable_dropout,
+    load_reward_model,
+    load_tokenizer,
+    stop_ids,
+)
 from bridle.language.reward_model import check_lengths, check_score_head, score_sequences
 from bridle.language.sampler import Stop
 from bridle.language.scorers.answers import Answers, Scorer, Scores, WeightedSum
@@ -130,18 +140,20 @@ def build_scorer(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    base: Base | None = None,
 ) -> WeightedSum:
     """Open every judge that ``settings`` name; ``tokenizer`` is the policy's.
 
     A reward model whose tokenizer gives the policy's tokens the same ids scores the ids as sampled; any other reads the
-    text through its own tokenizer. Judges are called by their function's name, by the whole spec where two share it.
+    text through its own tokenizer. One that is an adapter on ``base``, the policy's own, shares its weights. Judges are
+    called by their function's name, by the whole spec where two share it.
 
     Raises ModelError and ScorerError where a judge cannot be opened.
     """
     scorers: list[Scorer] = []
     if settings.model is not None:
         where = ModelSettings(path=settings.model, pad_token=settings.pad_token)
-        model, own = load_reward_model(where, device=device, dtype=dtype)
+        model, own = _open_judge(where, base, device, dtype)
         if not any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ()):
             raise ModelError(f"{settings.model} is not a reward model, its head is missing; train one: bridle reward")
         encode = None if shares_ids(tokenizer, own) else _own_encoding(model, own)
@@ -153,6 +165,20 @@ def build_scorer(
     scorers += [GroupScorer(spec, name=names[spec], **how) for spec in settings.groups]
     scorers += [GroupScorer(spec, kind="ranks", name=names[spec], **how) for spec in settings.rankings]
     return WeightedSum(scorers, settings.weights or (1.0,) * len(scorers), mishaps=mishaps)
+
+
+def _open_judge(
+    where: ModelSettings, base: Base | None, device: torch.device | str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a reward model; one that is an adapter on ``base`` without a second copy of the base's weights."""
+    adapter = adapter_of(where)
+    if base is None or adapter is None or not base.is_of(adapter):
+        return load_reward_model(where, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(where)
+    check_reward_padding(tokenizer)
+    model = adapted_reward_model(base, adapter)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model.requires_grad_(False), tokenizer
 
 
 class _How(TypedDict):
