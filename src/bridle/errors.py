@@ -7,6 +7,7 @@ BridleError
 │   ├── ModelError       a model or tokenizer folder that cannot serve
 │   ├── ScorerError      a reward function that raised or returned something other than finite numbers
 │   ├── WorldError       a Gymnasium environment that cannot be made or trained on
+│   │   └── NonFiniteWorld   one whose reward or observation is not a finite number
 │   └── RunError         a run directory that is missing, damaged or in use
 └── TrainingError        the run itself went wrong: exit code 1, what was saved stays
     ├── NonFiniteStep    a loss, gradient or ratio that is not finite; the step was not applied
@@ -23,6 +24,7 @@ __all__ = [
     "ModelError",
     "NonFiniteLogits",
     "NonFiniteStep",
+    "NonFiniteWorld",
     "RunError",
     "SamplerMismatch",
     "ScorerError",
@@ -63,6 +65,21 @@ class ScorerError(UserError):
 
 class WorldError(UserError):
     """A Gymnasium environment that cannot be made or trained on."""
+
+
+class NonFiniteWorld(WorldError):
+    """A Gymnasium environment whose reward or observation is not a finite number.
+
+    ``what`` was not finite, ``rows`` says of which environment (counted from 0), and ``given`` is what all of them gave, a
+    tensor of one row for each.
+    """
+
+    def __init__(self, text: str, what: str, environment: int, given: object) -> None:
+        super().__init__(text)
+        self.what = f"{what} of environment {environment}"
+        self.rows = (environment,)
+        self.parameters: tuple[str, ...] = ()
+        self.given = given
 
 
 class RunError(UserError):

@@ -100,6 +100,20 @@ class Endless(gymnasium.Env[np.ndarray, int]):
         return np.ones(1, np.float32), 1.0, False, False, {}
 
 
+class Glitching(Counter):
+    """A Counter without an end that gives what is not finite at its 40th step if the number that it drew is below ``below``."""
+
+    def __init__(self, below: int, what: str) -> None:
+        super().__init__()
+        self.below, self.what = below, what
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        wrong = self.t == 40 and self.number < self.below
+        shown = np.array([np.inf, self.t]) if wrong and self.what == "observation" else self._show() / 1000
+        return shown, float("nan") if wrong and self.what == "reward" else 1.0, False, False, {}
+
+
 class Frail(Endless):
     """The endless world, whose process dies with one step in twenty, drawn from its seed."""
 
@@ -326,6 +340,7 @@ WORLDS: dict[str, dict[str, Any]] = {
     "Counter-v0": {"entry_point": Counter},
     "Mortal-v0": {"entry_point": Mortal},
     "Fated-v0": {"entry_point": Fated},
+    "Glitching-v0": {"entry_point": Glitching},
     "Frail-v0": {"entry_point": Frail},
     "Endless-v0": {"entry_point": Endless, "max_episode_steps": 4},
     "Restless-v0": {"entry_point": Restless, "max_episode_steps": 5},

@@ -154,13 +154,14 @@ class Collector:
         """Start every environment anew from the key (seed, "environments", step); episodes in progress are dropped."""
         # leaves room for one environment each at seed, seed + 1, …
         start = int(generator(seed, "environments", step).integers(2**31 - self.world.num_envs))
-        self._observations = self.world.reset(start)
+        self._observations = None  # and so it stays where the world goes wrong
         self._restarted = step
         self._played = []
         self._recall = None
         self._earned[:] = 0
         self._returns[:] = 0
         self._lengths[:] = 0
+        self._observations = self.world.reset(start)
 
     @property
     def idle(self) -> bool:
@@ -176,11 +177,16 @@ class Collector:
         """Return what :meth:`replay` needs: the last restart, the actions since, and what came of them; empty if idle."""
         if self._observations is None:
             return {}
-        kept = {"restarted": torch.tensor(self._restarted), **self._outcome(self._observations)}
-        if self._played:
-            kept["actions"] = torch.from_numpy(np.concatenate(self._played))
+        kept = {**self.led_here(), **self._outcome(self._observations)}
         if self._recall is not None and self._recall.state is not None:
             kept["memory"] = self._recall.state
+        return kept
+
+    def led_here(self) -> dict[str, Tensor]:
+        """Return what :meth:`retake` needs: the last restart, the actions since, and which environments died."""
+        kept = {"restarted": torch.tensor(self._restarted)}
+        if self._played:
+            kept["actions"] = torch.from_numpy(np.concatenate(self._played))
         if self.world.replacements:
             rows = [[one.call, one.environment, one.seed] for one in self.world.replacements]
             kept["replacements"] = torch.tensor(rows)
@@ -190,6 +196,20 @@ class Collector:
         """Bring the world to where :meth:`state` was taken; False if the same actions led elsewhere.
 
         Environments that had died are made anew after the same actions, from the same seeds.
+
+        Raises:
+            WorldError: as :meth:`collect`.
+        """
+        if not self.retake(kept, seed=seed):
+            return False
+        if "memory" in kept:
+            self._recall = Recall(policy, self.world.num_envs)
+            self._recall.state = kept["memory"].to(self._device)
+        assert self._observations is not None
+        return all(torch.equal(value, kept[name]) for name, value in self._outcome(self._observations).items())
+
+    def retake(self, kept: Mapping[str, Tensor], *, seed: int) -> bool:
+        """Take the steps of :meth:`led_here` again; False if this world cannot, since environments died then.
 
         Raises:
             WorldError: as :meth:`collect`.
@@ -205,11 +225,7 @@ class Collector:
             self._observations = taken.observations
         if len(actions):
             self._played.append(np.asarray(actions))
-        if "memory" in kept:
-            self._recall = Recall(policy, self.world.num_envs)
-            self._recall.state = kept["memory"].to(self._device)
-        assert self._observations is not None
-        return all(torch.equal(value, kept[name]) for name, value in self._outcome(self._observations).items())
+        return True
 
     def _outcome(self, observations: Observations) -> dict[str, Tensor]:
         """Name what came of the actions since the restart: what the environments show, and all that they gave."""
@@ -220,7 +236,7 @@ class Collector:
         """Act for T steps with draws from the key (seed, "actions", step); ``moments`` stay as they are meanwhile.
 
         Raises:
-            WorldError: the environment raised or showed something that is not finite.
+            WorldError: the environment raised, or (:class:`~bridle.errors.NonFiniteWorld`) gave something that is not finite.
             RuntimeError: :meth:`restart` has not been called.
         """
         if self._observations is None:
@@ -235,17 +251,19 @@ class Collector:
         episodes: list[Episode] = []
         seen = normalise(observations, moments).to(self._device)
         acting = policy.acting(seen, self.n_steps, generator(seed, "actions", step))
-        for _ in range(self.n_steps):
-            actions, after = acting.act(normalise(observations, moments).to(self._device), recall.state)
-            played.append(policy.play(actions))
-            taken = self.world.step(played[-1])
-            episodes += self._account(taken)
-            recall.take(after, taken)
-            shown.append(observations)
-            steps.append(taken)
-            observations = taken.observations
-        self._observations = observations
-        self._played.append(np.stack(played))
+        try:
+            for _ in range(self.n_steps):
+                actions, after = acting.act(normalise(observations, moments).to(self._device), recall.state)
+                played.append(policy.play(actions))
+                taken = self.world.step(played[-1])
+                episodes += self._account(taken)
+                recall.take(after, taken)
+                shown.append(observations)
+                steps.append(taken)
+                observations = taken.observations
+        finally:  # also where the world goes wrong: led_here() tells how
+            self._observations = observations
+            self._played += [np.stack(played)] if played else []
         truncated = _columns([s.truncated for s in steps])
         return Rollout(
             observations=Observations.stack(shown, dim=1),

@@ -19,7 +19,7 @@ from bridle.control.masks import Masks
 from bridle.control.observations import Observations
 from bridle.control.processes import Gone, Processes, Replacement, close
 from bridle.control.spaces import ActionSpec, ObservationSpec, action_spec, observation_spec
-from bridle.errors import WorldError
+from bridle.errors import NonFiniteWorld, WorldError
 
 __all__ = ["World", "WorldStep", "foreign"]
 
@@ -111,10 +111,9 @@ class World:
         rewards = np.asarray(rewards, dtype=np.float64)
         if not math.isfinite(rewards.dot(rewards)) and not np.isfinite(rewards).all():
             row = int(np.flatnonzero(~np.isfinite(rewards))[0])
-            raise WorldError(
-                f"{self.name}: the reward {rewards[row]} of environment {row}, after action {world_actions[row]}, "
-                "is not a finite number"
-            )
+            of = f"environment {row}, after action {world_actions[row]},"
+            text = f"{self.name}: the reward {rewards[row]} of {of} is not a finite number"
+            raise NonFiniteWorld(text, "the reward", row, torch.from_numpy(rewards.copy()))
         shown = self._encode(raw)
         self._pending = self._nobody
         done = terminated | truncated
@@ -205,7 +204,8 @@ class World:
             finite = np.isfinite(numbers).all(axis=1)
             if not finite.all():
                 row = int(np.flatnonzero(~finite)[0])
-                raise WorldError(f"{self.name}: environment {row} showed an observation that is not finite in float32")
+                text = f"{self.name}: environment {row} showed an observation that is not finite in float32"
+                raise NonFiniteWorld(text, "an observation", row, encoded.vector.clone())
         return encoded
 
 

@@ -161,7 +161,7 @@ class Moments:
     def empty(cls, shape: tuple[int, ...] = (), *, device: torch.device | str | None = None) -> Moments:
         """Return the moments of no samples, each sample of ``shape``: () for single numbers, (D,) for D features."""
         zero = torch.zeros(shape, dtype=torch.float64, device=device)
-        return cls(count=torch.zeros((), dtype=torch.float64, device=device), mean=zero, m2=zero)
+        return cls(count=torch.zeros((), dtype=torch.float64, device=device), mean=zero, m2=zero.clone())
 
     @torch.no_grad()
     def updated(self, x: Float[Tensor, ...], mask: Bool[Tensor, ...] | None = None) -> Moments:

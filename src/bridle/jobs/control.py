@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 from gymnasium.vector import VectorEnv
+from torch import Tensor
 
 from bridle.control.collect import Collector, Rollout
 from bridle.control.environments import World
@@ -33,7 +34,7 @@ from bridle.control.policy import Sequences, Transitions
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import BoxActions
-from bridle.errors import ConfigError, NonFiniteStep, RunError, SamplerMismatch
+from bridle.errors import ConfigError, NonFiniteStep, NonFiniteWorld, RunError, SamplerMismatch
 from bridle.jobs.config import from_dict, require_sane, to_dict
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence
 from bridle.jobs.learner import Learner
@@ -227,10 +228,14 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
         while learner.progress.actions < config.total_steps:
             step += 1
             started = time.perf_counter()
-            if collector.idle or (config.restart_updates and (step - 1) % config.restart_updates == 0):
-                collector.restart(seed=seed, step=step)
-                learner.forget_episodes_in_progress()
-            rollout = collector.collect(learner.policy, learner.moments, seed=seed, step=step)
+            try:
+                rollout = _collect(config, learner, collector, step)
+            except NonFiniteWorld as fault:
+                _contain_world(config, collector, session, step, fault)
+                died = _tell_deaths(session, step, collector.world)
+                session.record(step, {"actions": learner.progress.actions, "skipped": 1.0, **died})
+                session.end_step(step, last=step + 1, save=save)
+                continue
             ready = partial(
                 prepare,
                 rollout,
@@ -251,7 +256,8 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             learner.take_in(rollout)
             elapsed = time.perf_counter() - started
             last = learner.progress.actions >= config.total_steps
-            scores = _judge(config, learner, judge, session, step=step, last=last)
+            judged = last or bool(config.evaluation_updates and step % config.evaluation_updates == 0)
+            scores = _judge(config, learner, judge, session, step=step, last=last) if judged else {}
             shown: dict[str, float] = {}
             died = _tell_deaths(session, step, collector.world, judge)
             if not updates:
@@ -266,7 +272,7 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             if learner.progress.recent:
                 shown = {"return": learner.progress.recent_return, **shown}
             bar.advance(rollout.steps, **shown, **{"steps/s": speed})
-            if scores and judge is collector.world:
+            if judged and judge is collector.world:
                 collector.forget()
             session.end_step(step, last=step if last else step + 1, save=save)
 
@@ -286,6 +292,30 @@ def _enough(config: ControlConfig, rollout: Rollout) -> bool:
         return bool(rollout.mask.any(dim=1).all())  # a unit is all that an environment did
     minibatches = {"ppo": config.ppo.minibatches, "trpo": config.trpo.critic_minibatches, "a2c": 1}
     return rollout.steps >= minibatches[config.algorithm]
+
+
+def _collect(config: ControlConfig, learner: Learner, collector: Collector, step: int) -> Rollout:
+    """Let the environments start anew if it is time for it, and act."""
+    if collector.idle or (config.restart_updates and (step - 1) % config.restart_updates == 0):
+        collector.restart(seed=config.run.seed, step=step)
+        learner.forget_episodes_in_progress()
+    return collector.collect(learner.policy, learner.moments, seed=config.run.seed, step=step)
+
+
+def _contain_world(
+    config: ControlConfig, collector: Collector, session: Session, step: int, fault: NonFiniteWorld
+) -> None:
+    """Keep what led to it; return where the rollout may be left out, after which the environments start anew.
+
+    Raises:
+        WorldError: the run stops; as it was raised where nothing has been recorded yet and so nothing is to be lost.
+    """
+    if config.run.on_fault == "stop" and not session.run.metrics():
+        raise fault
+    assert isinstance(fault.given, Tensor)
+    tensors = {"given": fault.given, **{f"episodes/{name}": value for name, value in collector.led_here().items()}}
+    contain(session, step, fault, config, Kept(tensors=tensors, save_weights=lambda _: None, report={"world": True}))
+    collector.forget()
 
 
 def _take_up_episodes(collector: Collector, learner: Learner, session: Session) -> None:
@@ -326,23 +356,29 @@ def _kept(config: ControlConfig, learner: Learner, fault: NonFiniteStep) -> Kept
 def _judge(
     config: ControlConfig, learner: Learner, judge: World, session: Session, *, step: int, last: bool
 ) -> dict[str, float]:
-    """Evaluate if it is due, with the most likely actions and with drawn ones, and keep the best policy."""
-    settings, every = config.evaluation, config.evaluation_updates
-    if not (last or (every and step % every == 0)):
-        return {}
+    """Evaluate with the most likely actions and with drawn ones, and keep the best policy."""
+    settings = config.evaluation
     when = "final" if last else "evaluation"
     metrics: dict[str, float] = {}
     for name, deterministic in (("deterministic", True), ("sampled", False)):
-        score = evaluate(
-            judge,
-            learner.policy,
-            learner.moments,
-            episodes=settings.final_episodes if last else settings.episodes,
-            deterministic=deterministic,
-            seed=config.run.seed,
-            step=step,
-            max_steps=settings.max_steps,
-        )
+        try:
+            score = evaluate(
+                judge,
+                learner.policy,
+                learner.moments,
+                episodes=settings.final_episodes if last else settings.episodes,
+                deterministic=deterministic,
+                seed=config.run.seed,
+                step=step,
+                max_steps=settings.max_steps,
+            )
+        except NonFiniteWorld as fault:
+            if config.run.on_fault == "stop":
+                raise
+            text = f"step {step}: {fault}; no {when} of {name} actions"
+            session.run.event("fault", text, step=step, what=fault.what, skipped=True)
+            session.say(text)
+            continue
         metrics |= score.metrics(f"{when}/{name}")
         if deterministic:
             learner.keep_if_best(score.mean, session, step=step)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bridle.errors import NonFiniteStep, TrainingError
+from bridle.errors import NonFiniteStep, NonFiniteWorld, TrainingError, WorldError
 from bridle.jobs.config import to_dict
 from bridle.jobs.session import Session
 from bridle.learn.a2c import A2CObjective
@@ -44,11 +44,12 @@ class Kept:
     """What else a replay must know."""
 
 
-def contain(session: Session, step: int, fault: NonFiniteStep, config: object, kept: Kept) -> None:
+def contain(session: Session, step: int, fault: NonFiniteStep | NonFiniteWorld, config: object, kept: Kept) -> None:
     """Keep the evidence and note the event; return where the run may skip the step, raise where it stops.
 
     Raises:
         TrainingError: ``run.on_fault`` is "stop", or as many steps in a row were skipped as it allows.
+        WorldError: the same, where a world gave what is not finite.
     """
     folder = session.run.path / "faults" / f"step-{step}"
     try:
@@ -70,7 +71,8 @@ def contain(session: Session, step: int, fault: NonFiniteStep, config: object, k
         session.say(f"{text}; skipped")
         return
     more = f"; {limit} steps before it were skipped already" if session.settings.on_fault == "skip" else ""
-    raise TrainingError(text + more) from fault
+    kind = WorldError if isinstance(fault, NonFiniteWorld) else TrainingError
+    raise kind(text + more) from fault
 
 
 def digests(folder: Path) -> dict[str, Json]:
@@ -92,7 +94,9 @@ def evidence_of(fault: NonFiniteStep) -> Evidence:
     return fault.evidence
 
 
-def _report(session: Session, step: int, fault: NonFiniteStep, config: object, kept: Kept) -> dict[str, Json]:
+def _report(
+    session: Session, step: int, fault: NonFiniteStep | NonFiniteWorld, config: object, kept: Kept
+) -> dict[str, Json]:
     wrong: dict[str, Json] = {name: found for name, tensor in kept.tensors.items() if (found := _not_finite(tensor))}
     return {
         "format": FORMAT,

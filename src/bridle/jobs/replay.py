@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bridle.errors import NonFiniteStep, RunError, TrainingError
+from bridle.errors import NonFiniteStep, NonFiniteWorld, RunError, TrainingError, WorldError
 from bridle.jobs.config import from_dict
 from bridle.jobs.faults import FORMAT, digests, minibatch_from
 from bridle.learn.a2c import A2CObjective
@@ -56,6 +56,8 @@ def replay(folder: Path) -> list[str]:
     job = str(report["job"])
     if job not in _CASES:
         raise RunError(f"{folder} is a fault of the job {job!r}, which this bridle cannot replay")
+    if report.get("world") is True:
+        return [f"step {report['step']} of {job}: {report['what']} was not finite", *_of_world(report, tensors)]
     found = list(find(_CASES[job](folder, report, tensors)))
     head = f"step {report['step']} of {job}: {report['what']} was not finite"
     if not found:
@@ -63,6 +65,27 @@ def replay(folder: Path) -> list[str]:
             f"{head}, and here everything is; another machine, thread count or code may round otherwise"
         )
     return [head, *found]
+
+
+def _of_world(report: JsonObject, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Say what a world gave, and take the steps that led there again."""
+    from bridle.control.collect import Collector
+    from bridle.control.making import make_world
+    from bridle.jobs.control import ControlConfig
+
+    config = _config(ControlConfig, report)
+    yield from (f"world: {name} holds {said}" for name, t in tensors.items() if (said := _wrong(t)) is not None)
+    kept = {name.removeprefix("episodes/"): t for name, t in tensors.items() if name.startswith("episodes/")}
+    steps = len(kept.get("actions", ()))
+    try:
+        with closing(make_world(config.env, config.world)) as world, np.errstate(over="ignore", invalid="ignore"):
+            Collector(world, 1).retake(kept, seed=config.run.seed)
+    except NonFiniteWorld as again:
+        yield f"world: the {steps} steps since its environments began lead there again: {again}"
+    except WorldError as error:
+        yield f"world: its steps could not be taken again: {error}"
+    else:
+        yield f"world: the {steps} steps since its environments began lead to finite numbers this time"
 
 
 def find(case: Case) -> Iterator[str]:

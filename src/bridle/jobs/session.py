@@ -80,8 +80,8 @@ class RunSettings:
     quiet: bool = False
     """Print nothing while it works."""
     on_fault: Literal["stop", "skip"] = "stop"
-    """What follows a loss, gradient, value or log-probability that is not finite. The step is not applied and its
-    evidence is kept either way."""
+    """What follows a loss, gradient, value or log-probability that is not finite, or such a reward or observation of an
+    environment. The step is not applied and its evidence is kept either way."""
     fault_limit: int = 3
     """≥ 0, steps in a row that may be skipped; the next one stops the run."""
 
