@@ -94,6 +94,18 @@ def test_one_death_too_many_ends_the_run_and_its_checkpoint_stays(tmp_path: Path
     assert found.step == 5
 
 
+def test_what_follows_a_death_may_be_decided_when_the_run_is_taken_up(tmp_path: Path) -> None:
+    asked, path = (tickets(tmp_path / "tickets", 0),), tmp_path / "run"
+    run(fated(path, asked, world={"on_death": "fail"}))
+    forget_after(path, 3)
+    tickets(tmp_path / "tickets", 1)
+    with pytest.raises(WorldError, match="died, killed by signal 9"):
+        run(fated(path, asked, world={"on_death": "fail"}), resume=True)
+    tickets(tmp_path / "tickets", 1)
+    run(fated(path, asked, world={"death_limit": 3}), resume=True)
+    assert [event["kind"] for event in Run.open(path).events()].count("environment") == 1
+
+
 def test_a_rollout_of_which_nothing_is_left_is_not_learnt_from(tmp_path: Path) -> None:
     changes = {"algorithm": "a2c", "n_steps": 1, "run": {"checkpoint_every": None}, "world": {"num_envs": 1}}
     config = fated(tmp_path / "run", (tickets(tmp_path / "tickets", 2),), **changes)

@@ -178,7 +178,10 @@ def test_resume_refuses_other_settings_but_not_another_place(tmp_path: Path) -> 
     with pytest.raises(RunError, match="is a run of toy, not of other"):
         open_session("other", config, config.run, resume=True)
     moved = config.run.dir.rename(tmp_path / "moved")
-    toy(replace(config, run=replace(config.run, dir=moved, checkpoint_every=3)), resume=True)
+    toy(
+        replace(config, run=replace(config.run, dir=moved, checkpoint_every=3, on_fault="skip", fault_limit=0)),
+        resume=True,
+    )
     assert Run.open(moved).state() is RunState.FINISHED
 
 

@@ -327,7 +327,10 @@ def _take_up_episodes(collector: Collector, learner: Learner, session: Session) 
     if session.checkpoint is None:
         return
     kept = load_tensors(session.checkpoint.path / "episodes.safetensors")
-    if not kept or collector.replay(kept, learner.policy, seed=session.seed):
+    while kept and not collector.replay(kept, learner.policy, seed=session.seed):
+        if not _tell_deaths(session, session.start, collector.world):
+            break  # else one died of the steps themselves, which says nothing of where they lead
+    else:
         return
     text = f"{collector.world.name}: the same seed and actions lead elsewhere than before the checkpoint"
     if not session.force:

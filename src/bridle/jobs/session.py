@@ -43,11 +43,16 @@ from bridle.runs.trackers import TrackerName, open_trackers
 
 __all__ = ["RunSettings", "Session", "Stopped", "open_session", "resolve_device"]
 
-_MAY_CHANGE = (
-    *("dir", "trackers", "quiet", "checkpoint_every", "checkpoint_minutes"),
-    *("keep_checkpoints", "keep_every", "keep_best"),
-    *("device", "threads"),  # what they come to is compared, with the rest of the machine
-)
+_MAY_CHANGE = {
+    "run": (
+        *("dir", "trackers", "quiet", "checkpoint_every", "checkpoint_minutes"),
+        *("keep_checkpoints", "keep_every", "keep_best"),
+        *("on_fault", "fault_limit"),
+        *("device", "threads"),  # what they come to is compared, with the rest of the machine
+    ),
+    "world": ("on_death", "death_limit"),
+}
+"""Settings that change no number of a run that goes well, by their groups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -465,10 +470,14 @@ def _changes(
 
 
 def _essential(config: Mapping[str, Json]) -> Mapping[str, Json]:
-    run = config.get("run")
-    if not isinstance(run, Mapping):
-        return config
-    return {**config, "run": {name: value for name, value in run.items() if name not in _MAY_CHANGE}}
+    groups = {name: group for name in _MAY_CHANGE if isinstance(group := config.get(name), Mapping)}
+    return {
+        **config,
+        **{
+            of: {name: value for name, value in group.items() if name not in _MAY_CHANGE[of]}
+            for of, group in groups.items()
+        },
+    }
 
 
 def _first_difference(old: Mapping[str, Json], new: Mapping[str, Json], prefix: str) -> str | None:
