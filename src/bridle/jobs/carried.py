@@ -42,7 +42,8 @@ class State:
 def save(roles: Roles, optimiser: Optimiser, state: State, folder: Path) -> None:
     """Write weights, moments and what else a run carries."""
     roles.save_policy(folder / "policy")
-    save_tensors(folder / "critic.safetensors", learnt_state(roles.policy.critic))
+    with roles.masters.in_place():
+        save_tensors(folder / "critic.safetensors", learnt_state(roles.policy.critic))
     save_tensors(folder / "optimiser.safetensors", optimiser.state())
     m = state.moments
     carried = {"count": m.count, "mean": m.mean, "m2": m.m2}
@@ -60,7 +61,8 @@ def restore(kl: KLSettings, roles: Roles, optimiser: Optimiser, checkpoint: Chec
         return State(moments=Moments.empty(), kl_coefficient=coefficient, controller=controller)
     folder, device = checkpoint.path, str(roles.policy.device)
     roles.restore_policy(str(folder / "policy"))
-    load_learnt(roles.policy.critic, load_tensors(folder / "critic.safetensors", device=device))
+    with roles.masters.in_place():
+        load_learnt(roles.policy.critic, load_tensors(folder / "critic.safetensors", device=device))
     optimiser.load_state(load_tensors(folder / "optimiser.safetensors", device=device))
     kept = load_tensors(folder / "state.safetensors")
     coefficient = float(kept.pop("kl_coefficient"))

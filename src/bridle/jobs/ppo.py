@@ -158,7 +158,8 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
         TrainingError: a step is not finite, or sampler and trainer disagree; the last checkpoint stays.
     """
     world = _open(config)
-    optimiser = Optimiser(world.roles.groups(config.actor, config.critic_optim), total_steps=config.steps)
+    groups, masters = world.roles.groups(config.actor, config.critic_optim), world.roles.masters
+    optimiser = Optimiser(groups, total_steps=config.steps, masters=masters)
     with open_session("ppo", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
         state = restore(config.kl, world.roles, optimiser, session.checkpoint)
         for note in world.notes:
@@ -400,7 +401,8 @@ def _kept(world: _World, fault: NonFiniteStep) -> Kept:
     evidence = evidence_of(fault)
     assert isinstance(evidence.units, Segments)
     tensors, report = of_evidence(evidence, segments_to(evidence.units))
-    weights = learnt_state(world.roles.policy)
+    with world.roles.masters.in_place():
+        weights = learnt_state(world.roles.policy)
     return Kept(
         tensors=tensors,
         save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),

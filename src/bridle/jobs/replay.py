@@ -253,7 +253,8 @@ def _ppo(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
         seed=config.run.seed,
     )
     policy = roles.policy
-    _load(policy, folder, device)
+    with roles.masters.in_place():
+        _load(policy, folder, device)
     units, others = _split(tensors)
     minibatch, objective = minibatch_from(tensors, device), _objective(report.get("objective"))
     alone = isinstance(objective, PPOObjective) and objective.critic_only

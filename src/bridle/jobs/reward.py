@@ -40,6 +40,8 @@ from bridle.language.reward_model import (
     steps_per_epoch,
     train_step,
 )
+from bridle.language.shadow import masters_of
+from bridle.learn.masters import Masters
 from bridle.learn.memory import MicroBudget
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state, load_learnt
@@ -198,12 +200,16 @@ class Learner:
     """Of one group, "reward"."""
     opened: Opened
     """The model with what belongs to it."""
+    masters: Masters
+    """The float32 weights behind those that it holds in bfloat16."""
 
     @classmethod
     def of(cls, config: RewardConfig, opened: Opened, steps: int) -> Learner:
         """Give the model an optimiser for ``steps`` steps."""
         group = Group(name="reward", parameters=dict(opened.model.named_parameters()), settings=config.optim)
-        return cls(opened=opened, optimiser=Optimiser([group], total_steps=steps))
+        masters = masters_of([opened.model.base_model], getattr(torch, config.run.dtype))
+        optimiser = Optimiser([group], total_steps=steps, masters=masters)
+        return cls(opened=opened, optimiser=optimiser, masters=masters)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -212,19 +218,22 @@ class Learner:
 
     def export(self, folder: Path) -> None:
         """Write a folder that opens as a reward model: whole, or an adapter."""
-        if self.opened.adapted is None:
-            save_model(folder, self.model, self.opened.tokenizer)
-        else:
-            self.opened.adapted.save(folder)
+        with self.masters.in_place():
+            if self.opened.adapted is None:
+                save_model(folder, self.model, self.opened.tokenizer)
+            else:
+                self.opened.adapted.save(folder)
 
     def save(self, folder: Path) -> None:
         """Write weights and moments."""
-        save_tensors(folder / "model.safetensors", learnt_state(self.model))
+        with self.masters.in_place():
+            save_tensors(folder / "model.safetensors", learnt_state(self.model))
         save_tensors(folder / "optimiser.safetensors", self.optimiser.state())
 
     def restore(self, folder: Path) -> None:
         """Put back what :meth:`save` wrote."""
-        load_learnt(self.model, load_tensors(folder / "model.safetensors"))
+        with self.masters.in_place():
+            load_learnt(self.model, load_tensors(folder / "model.safetensors"))
         self.optimiser.load_state(load_tensors(folder / "optimiser.safetensors"))
 
 
@@ -343,7 +352,8 @@ def _train(
 
 
 def _kept(learner: Learner, batch: Sequence[Comparison], phase: Phase) -> Kept:
-    weights = learnt_state(learner.model)
+    with learner.masters.in_place():
+        weights = learnt_state(learner.model)
     return Kept(
         tensors=comparisons_to(batch),
         save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),

@@ -66,7 +66,7 @@ class RunSettings:
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where the tensors live; auto takes CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward passes; weights are mastered in float32."""
+    """Precision of the forward passes, and of the layers' weights; what is trained and saved is float32."""
     threads: int | None = None
     """1 to 1024, threads of one tensor operation; None leaves PyTorch's choice."""
     checkpoint_every: int | None = None

@@ -32,6 +32,8 @@ from bridle.language.models import (
     tokenizer_notes,
 )
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
+from bridle.language.shadow import masters_of
+from bridle.learn.masters import Masters
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state
 from bridle.random import permutation, uniforms
@@ -109,7 +111,9 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
     steps_per_epoch = math.ceil(len(world.training) / config.batch_size)
     total = config.epochs * steps_per_epoch
     parameters = dict(world.model.named_parameters())
-    optimiser = Optimiser([Group(name="policy", parameters=parameters, settings=config.optim)], total_steps=total)
+    optimiser = Optimiser(
+        [Group(name="policy", parameters=parameters, settings=config.optim)], total_steps=total, masters=world.masters
+    )
     with open_session("sft", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
         _restore(world, optimiser, session)
         for note in world.notes:
@@ -156,7 +160,8 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
 
 
 def _kept(world: _World, batch: list[Encoded]) -> Kept:
-    weights = learnt_state(world.model)
+    with world.masters.in_place():
+        weights = learnt_state(world.model)
     return Kept(
         tensors=demonstrations_to(batch),
         save_weights=lambda folder: save_tensors(folder / "weights.safetensors", weights),
@@ -177,13 +182,15 @@ class _World:
     context: int | None
     notes: tuple[str, ...]
     adapted: Adapted | None
+    masters: Masters
 
     def save(self, folder: Path) -> None:
         """Write the policy: a model, or an adapter."""
-        if self.adapted is None:
-            save_model(folder, self.model.model, self.tokenizer)
-        else:
-            self.adapted.save(folder)
+        with self.masters.in_place():
+            if self.adapted is None:
+                save_model(folder, self.model.model, self.tokenizer)
+            else:
+                self.adapted.save(folder)
 
 
 def _sources(config: SFTConfig) -> Sources:
@@ -223,7 +230,7 @@ def _open(config: SFTConfig) -> _World:
         held_out, training = [training[i] for i in order[:away]], [training[i] for i in sorted(order[away:])]
     if not training:
         raise DataError(f"{config.data.path}: nothing is left to learn; lower evaluation.share or give more records")
-    # autocast keeps float32 masters; entered anew for every block, since it caches the weights' casts until it is left
+    # entered anew for every block, since it caches the weights' casts until it is left
     computing = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     return _World(
         model=model,
@@ -239,6 +246,7 @@ def _open(config: SFTConfig) -> _World:
         held_out=held_out,
         context=context,
         adapted=adapted,
+        masters=masters_of([network.base_model], dtype),
         notes=(*tokenizer_notes(tokenizer), *notes, *(() if model.warning is None else (model.warning,))),
     )
 
@@ -300,5 +308,6 @@ def _restore(world: _World, optimiser: Optimiser, session: Session) -> None:
         world.adapted.restore(folder / "policy")
     else:
         saved, _ = load_causal_lm(ModelSettings(path=str(folder / "policy")), device=device)
-        world.model.model.load_state_dict(saved.state_dict())
+        with world.masters.in_place():
+            world.model.model.load_state_dict(saved.state_dict())
     optimiser.load_state(load_tensors(folder / "optimiser.safetensors", device=str(device)))

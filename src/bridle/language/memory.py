@@ -31,9 +31,9 @@ class MemoryEstimate:
     shared: int
     """Of those, what more than one of them holds: the base of adapters."""
     gradients: int
-    """Of the weights that are trained."""
+    """Of the weights that are trained, float32."""
     optimiser: int
-    """AdamW's two moments, float32."""
+    """AdamW's two moments, and the masters of weights that are held in bfloat16; float32."""
     rollout: int
     """What is kept of a rollout for the loss: what the reference's projection reads, where the leash needs it."""
     training: int
@@ -99,11 +99,12 @@ def estimate_memory(
     chunk = min(rows_per_chunk(None, head.shape[0]), tokens)
     blocks = (_BLOCKS + keeps_features) * chunk * head.shape[0] * 4
     trained = sum(p.numel() for p in moved.values())
+    mastered = sum(p.numel() for p in moved.values() if p.dtype != torch.float32)
     return MemoryEstimate(
         weights=_bytes(held.values()),
         shared=_bytes(p for p in held.values() if owners[p.untyped_storage().data_ptr()] > 1),
-        gradients=_bytes(moved.values()),
-        optimiser=8 * trained,
+        gradients=4 * trained,
+        optimiser=8 * trained + 4 * mastered,
         rollout=answers * answer_tokens * policy.actor.width * 4 if keeps_features else 0,
         training=per_token * tokens + blocks,
         generation=_generation(policy.actor.model, min(rows, answers), longest),

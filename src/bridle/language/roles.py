@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,8 @@ from bridle.language.policy import (
 )
 from bridle.language.sampler import Sampler
 from bridle.language.sampler.serving import SamplerKind, choose_sampler
+from bridle.language.shadow import masters_of
+from bridle.learn.masters import Masters
 from bridle.learn.optim import Group, OptimSettings
 
 __all__ = ["CriticSettings", "Roles", "open_roles"]
@@ -70,6 +72,8 @@ class Roles:
     """Draws answers with the actor's own weights."""
     warning: str | None
     """Why the plain sampler was taken where the faster one was not refused by name."""
+    masters: Masters = field(default_factory=Masters)
+    """The float32 weights behind those that actor and critic hold in bfloat16; empty in float32."""
     adapted: Adapted | None = None
     """The actor's adapter on the base that all roles share; None where whole weights are trained."""
 
@@ -90,7 +94,8 @@ class Roles:
         if self.adapted is not None:
             self.adapted.save(folder)
             return
-        save_model(folder, self.policy.actor.model, self.tokenizer, temperature=self.policy.temperature)
+        with self.masters.in_place():
+            save_model(folder, self.policy.actor.model, self.tokenizer, temperature=self.policy.temperature)
 
     def save_merged(self, folder: Path) -> None:
         """Write the actor of a run of adapters as a whole model."""
@@ -118,7 +123,8 @@ class Roles:
                 f"{source} has another shape or vocabulary than {self.policy.actor.model.name_or_path}: their answers "
                 "cannot be compared token by token; name a --reference of the same family"
             )
-        self.policy.actor.model.load_state_dict(theirs)
+        with self.masters.in_place():
+            self.policy.actor.model.load_state_dict(theirs)
 
 
 def open_roles(
@@ -139,7 +145,8 @@ def open_roles(
 
     With adapters (``lora``, drawn from ``seed``) all roles share one base: the actor is base and adapter, the reference the
     base alone or, where the actor starts from an adapter, that one frozen; a critic of its own has its own adapter and head.
-    Weights are float32 whatever the compute dtype. Raises ModelError for a folder that cannot serve.
+    Where ``compute_dtype`` is bfloat16 layers hold their weights in it, behind which ``masters`` keep float32; see
+    :func:`bridle.language.models.masters_of`. Raises ModelError for a folder that cannot serve.
     """
     adapted = None
     if lora is not None and lora.rank is not None:
@@ -173,8 +180,15 @@ def open_roles(
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         computing=policy.computing,
     )
+    own = [policy.critic.backbone] if isinstance(policy.critic, Critic) else []
     return Roles(
-        policy=policy, reference=reference, tokenizer=tokenizer, sampler=chosen, warning=warning, adapted=adapted
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        sampler=chosen,
+        warning=warning,
+        masters=masters_of([network.base_model, reference.model.base_model, *own], compute_dtype),
+        adapted=adapted,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bridle.errors import ConfigError, NonFiniteStep, RunError
+from bridle.learn.masters import Masters
 
 __all__ = ["Group", "OptimSettings", "Optimiser", "learning_rate"]
 
@@ -86,8 +87,9 @@ class Group:
 class _Separate:
     """A group's parameters as they lie, moved by PyTorch's fused AdamW."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings, masters: Masters) -> None:
+        self._held = list(parameters.values())
+        parameters = self._parameters = {name: masters.of(p) for name, p in parameters.items()}
         matrices = [p for p in parameters.values() if p.ndim >= 2]
         vectors = [p for p in parameters.values() if p.ndim < 2]
         options: list[dict[str, object]] = [
@@ -98,10 +100,12 @@ class _Separate:
         self._adam = torch.optim.AdamW([o for o in options if o["params"]], fused=True, **common)  # type: ignore[arg-type]
 
     def zero_grad(self) -> None:
-        for parameter in self._parameters.values():
+        for parameter in (*self._held, *self._parameters.values()):
             parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
+        for held, moved in zip(self._held, self._parameters.values(), strict=True):
+            moved.grad = held.grad
         grads = self._gradients()
         return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
@@ -247,7 +251,9 @@ class Optimiser:
     update cannot move a schedule.
     """
 
-    def __init__(self, groups: Sequence[Group], *, total_steps: int, flat: bool = False) -> None:
+    def __init__(
+        self, groups: Sequence[Group], *, total_steps: int, flat: bool = False, masters: Masters | None = None
+    ) -> None:
         """Take hold of the groups' parameters.
 
         Args:
@@ -255,10 +261,14 @@ class Optimiser:
             total_steps: run steps that the schedules span.
             flat: keep each group's parameters in one buffer, which they become views of: many times faster where the
                 parameters are few, such as an agent's. They must stay on their device from here on.
+            masters: what is moved in the place of parameters that hold a narrower shadow of it.
 
         Raises:
-            ValueError: groups share parameters, or a flat group's parameters lie on several devices.
+            ValueError: groups share parameters, or a flat group's parameters lie on several devices or have masters.
         """
+        if flat and masters is not None:
+            raise ValueError("a flat group keeps its parameters as they are, without masters")
+        self._masters = masters or Masters()
         self.groups = tuple(groups)
         self.total_steps = total_steps
         seen: set[int] = set()
@@ -269,7 +279,9 @@ class Optimiser:
                 raise ValueError(f"group {group.name!r} shares parameters with an earlier group")
             seen |= {id(p) for p in own.values()}
             if own:
-                self._moved[group.name] = (_Flat if flat else _Separate)(own, group.settings)
+                self._moved[group.name] = (
+                    _Flat(own, group.settings) if flat else _Separate(own, group.settings, self._masters)
+                )
         self.schedule(0)
 
     def schedule(self, step: int) -> None:
@@ -301,6 +313,7 @@ class Optimiser:
                 moved.scale_gradient(limit / (norm + 1e-6))
         for name, moved in self._moved.items():
             moved.step(self.lrs[name])
+        self._masters.refresh()
         self.zero_grad()
         return norms
 

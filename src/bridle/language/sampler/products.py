@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,14 +72,19 @@ def swift_products(device: torch.device) -> AbstractContextManager[object]:
 def projection(actor: CausalModel, steps: int) -> Callable[[Float[Tensor, "n F"]], Float[Tensor, "n V"]]:
     """Return ``actor.logits``, or the same with its weights packed, where ``steps`` products are worth packing them for.
 
-    The packed copy is as large as the output weights and holds until these move: take it anew for each rollout.
+    Where autocast would round the weights for every product they are rounded once. The packed or rounded copy is as large as
+    the output weights and holds until these move: take it anew for each rollout.
     """
     head = actor.model.get_output_embeddings()
-    if actor.form is None or not isinstance(head, nn.Linear) or actor.device.type != "cpu":
+    if actor.form is None or not isinstance(head, nn.Linear):
         return actor.logits
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     kind = computed_in(weight)
+    if kind is not weight.dtype and not bfloat16_is_slow(actor.device):
+        return partial(actor.form.logits, weight=weight.to(kind), bias=bias)
+    if actor.device.type != "cpu":
+        return actor.logits
     narrow = kind is torch.bfloat16 and bfloat16_is_slow(actor.device)
     if not narrow and (kind is not torch.float32 or weight.dtype is not torch.float32):
         return actor.logits
