@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# what makes an installation out of date: the rest of the source is read where it lies
+INSTALLED = pyproject.toml constraints.txt hatch_build.py src/bridle/control/small.c src/bridle/control/compiling.py
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: help quickstart test check clean
@@ -32,10 +34,10 @@ $(BIN)/python:
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.ready: $(INSTALLED) | $(BIN)/python
 	$(PIP) -e '.[language,control]'
 	@touch $@
 
-$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.ready-dev: $(INSTALLED) | $(BIN)/python
 	$(PIP) -e '.[language,lora,control,tensorboard,dev]'
 	@touch $@ $(VENV)/.ready

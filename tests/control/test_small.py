@@ -10,7 +10,9 @@ import torch
 from gymnasium import spaces
 
 from bridle.batch import Batch
+from bridle.control import compiled
 from bridle.control.actor_critic import ActorCritic
+from bridle.control.compiling import compile_small
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.observations import Observations
 from bridle.control.policy import Transitions
@@ -29,6 +31,22 @@ SHAPES = [
     (3, "box", 1, NetworkSettings(hidden=(16, 48, 8))),
     (700, "box", 2, NetworkSettings(hidden=(128, 128), activation="relu")),
 ]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> object:
+    place = tmp_path_factory.mktemp("compiled") / "_small.so"
+    problem = compile_small(place)
+    return problem or compiled.load(place)
+
+
+@pytest.fixture(params=["compiled", "NumPy"], autouse=True)
+def form(request: pytest.FixtureRequest, library: object, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether the networks run compiled, or by NumPy and PyTorch."""
+    if request.param == "compiled" and isinstance(library, str):
+        pytest.skip(f"not compiled: {library}")
+    monkeypatch.setattr(compiled, "library", library if request.param == "compiled" else None)
+    return str(request.param)
 
 
 def build(width: int, kind: str, size: int, settings: NetworkSettings) -> SmallActorCritic:
@@ -271,15 +289,17 @@ def test_one_weight_that_is_nan_never_passes_for_a_step(kind: str) -> None:
 
 @pytest.mark.parametrize(("width", "kind", "size", "settings"), SHAPES)
 def test_side_by_side_under_a_flat_optimiser_they_learn_as_the_plain_path(
-    width: int, kind: str, size: int, settings: NetworkSettings
+    width: int, kind: str, size: int, settings: NetworkSettings, form: str
 ) -> None:
-    """There the weights lie evenly spaced, and both nets run as one stack."""
+    """There the weights lie evenly spaced, and both nets run as one stack; compiled ones do wherever they lie."""
     policy, given, along = build(width, kind, size, settings), units(width, kind, size, 70), slopes(70)
     seen, expected = gradients(policy, given, lambda u: plain_vjp(policy, u), along)
-    assert len(policy._nets.run(given.observations.vector.numpy())) == 2
+    if form == "NumPy":
+        assert len(policy._nets.run(given.observations.vector)) == 2
     group = Group(name="policy", parameters=dict(policy.named_parameters()), settings=OptimSettings())
     optimiser = Optimiser([group], total_steps=1, flat=True)
-    assert len(policy._nets.run(given.observations.vector.numpy())) == 1
+    if form == "NumPy":
+        assert len(policy._nets.run(given.observations.vector)) == 1
     for _ in range(2):  # the second time in buffers that the first one wrote over
         optimiser.zero_grad()
         found, pull_back = policy.vjp(given)

@@ -14,8 +14,11 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from bridle.control import compiled
 
 __all__ = ["Activation", "Array", "Frozen", "Perceptrons", "Run"]
 
@@ -48,31 +51,34 @@ class Perceptrons:
         ]
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
-        self._alone: list[_Stack] = []
-        self._together: list[_Stack] = []
+        self._alone: list[_Stack] | list[compiled.Stack] = []
+        self._together: list[_Stack] | list[compiled.Stack] = []
 
     @property
     def learn(self) -> bool:
         """Whether no weight is frozen."""
         return all([home[name].requires_grad for home, name in self._places])  # noqa: C419 (a list is faster)
 
-    def outputs(self, net: int, vector: Array) -> Array:
-        """Return the outputs [A, n] of one perceptron in n states [n, D], and nothing else."""
+    def outputs(self, net: int, vector: Float[Tensor, "n D"]) -> Float[Tensor, "A n"]:
+        """Return the outputs of one perceptron in n states, and nothing else."""
         self._hold()
         stack = self._alone[net]
         run = stack.run(vector)
-        stack.free.append(run)
-        return run.outputs[0].copy()
+        stack.free.append(run)  # type: ignore[arg-type]
+        return run.outputs[0].clone()
 
-    def frozen(self, net: int, rows: int) -> Frozen:
+    def frozen(self, net: int, rows: int) -> Frozen | compiled.Frozen:
         """Return one perceptron as its weights are now, for many runs over ``rows`` states each."""
         self._hold()
         each = 2 * self._depth
-        own = [tensor.detach().numpy() for tensor in self._parameters[net * each : (net + 1) * each]]
-        return Frozen(own[::2], own[1::2], tanh=self._tanh, rows=rows)
+        own = self._parameters[net * each : (net + 1) * each]
+        if compiled.serves([own]):
+            return compiled.Frozen(own, tanh=self._tanh, rows=rows)
+        arrays = [tensor.detach().numpy() for tensor in own]
+        return Frozen(arrays[::2], arrays[1::2], tanh=self._tanh, rows=rows)
 
-    def run(self, vector: Array) -> list[Run]:
-        """Run all of them over n states [n, D]; each run holds some, in their order."""
+    def run(self, vector: Float[Tensor, "n D"]) -> Sequence[Run | compiled.Run]:
+        """Run all of them over n states; each run holds some, in their order. ``vector`` lies row by row."""
         self._hold()
         return [stack.run(vector) for stack in self._together]
 
@@ -86,6 +92,10 @@ class Perceptrons:
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         own, each = self._parameters, 2 * self._depth
         nets = [own[at : at + each] for at in range(0, len(own), each)]
+        if compiled.serves(nets):
+            self._alone = [compiled.Stack([net], tanh=self._tanh) for net in nets]
+            self._together = [compiled.Stack(nets, tanh=self._tanh)]
+            return
         self._alone = [_Stack([net], tanh=self._tanh) for net in nets]
         even = all(len(_stacked(same)) == 1 for same in zip(*(net[:-2] for net in nets), strict=True))
         self._together = [_Stack(nets, tanh=self._tanh)] if even else self._alone
@@ -104,12 +114,13 @@ class Run:
         self._hidden = [_Matrices(np.empty((P, rows, width), dtype=np.float32)) for width in widths]
         scratch = np.empty(P * rows * max(widths), dtype=np.float32)
         self._scratch = [_Matrices(scratch[: P * rows * width].reshape(P, rows, width)) for width in widths]
-        self.outputs: list[Array] = [np.empty((len(layer.bias), rows), dtype=np.float32) for layer in stack.last]
+        self._outputs = [_Matrices(np.empty((len(layer.bias), rows), dtype=np.float32)) for layer in stack.last]
+        self.outputs: list[Float[Tensor, "A n"]] = [outputs.tensor for outputs in self._outputs]
         """[A, n] of each, of the last forward run"""
 
-    def forward(self, vector: Array) -> None:
+    def forward(self, vector: Float[Tensor, "n D"]) -> None:
         """Fill the hidden layers and the outputs."""
-        self._vector = below = vector
+        self._vector = below = vector.numpy()
         for layer, hidden in zip(self._stack.hidden, self._hidden, strict=True):
             np.matmul(below, layer.weight_t, out=hidden.array)
             seen = hidden.tensor
@@ -120,12 +131,12 @@ class Run:
             else:
                 seen.add_(layer.tensor).relu_()
             below = hidden.array
-        for top, last, outputs in zip(below, self._stack.last, self.outputs, strict=True):
-            np.matmul(last.weight, top.T, out=outputs)
-            outputs += last.bias[:, None]
+        for top, last, outputs in zip(below, self._stack.last, self._outputs, strict=True):
+            np.matmul(last.weight, top.T, out=outputs.array)
+            outputs.array += last.bias[:, None]
 
-    def pull_back(self, slopes: Sequence[Array]) -> None:
-        """Add to the weights' gradients what ``slopes`` [A, n] of each one's outputs come to; the run is over then.
+    def pull_back(self, slopes: Sequence[Float[Tensor, "A n"]]) -> None:
+        """Add to the weights' gradients what ``slopes`` of each one's outputs come to; the run is over then.
 
         A hidden layer is written over by its own slopes, once nothing reads it any more.
         """
@@ -133,7 +144,7 @@ class Run:
         to_hidden, to_last = stack.gradients()
         above = self._scratch[-1]
         for own, top, last, gradient, under in zip(
-            slopes, self._hidden[-1].array, stack.last, to_last, above.array, strict=True
+            [slope.numpy() for slope in slopes], self._hidden[-1].array, stack.last, to_last, above.array, strict=True
         ):
             gradient.weight += own @ top
             gradient.bias += np.add.reduce(own, axis=1)
@@ -170,9 +181,9 @@ class Frozen:
         ]
         self._layers = [_Matrices(np.empty((rows, len(bias)), dtype=np.float32)) for _, bias in self._hidden]
 
-    def outputs(self, vector: Array, out: Array) -> None:
-        """Write the outputs [n, A] in n states [n, D] to ``out``."""
-        below = vector
+    def outputs(self, vector: Float[Tensor, "n D"], out: Array) -> None:
+        """Write the outputs [n, A] in n states to ``out``."""
+        below = vector.numpy()
         for (weight_t, bias), layer in zip(self._hidden, self._layers, strict=True):
             np.matmul(below, weight_t, out=layer.array)
             np.add(layer.array, bias, out=layer.array)
@@ -208,7 +219,7 @@ class _Stack:
         self._known: list[Tensor | None] = []
         self._gradients: tuple[list[tuple[list[Array], list[Array]]], list[_Last]] = ([], [])
 
-    def run(self, vector: Array) -> Run:
+    def run(self, vector: Float[Tensor, "n D"]) -> Run:
         """Run forward over n states, in free buffers if there are any."""
         rows = len(vector)
         for place, kept in enumerate(self.free):

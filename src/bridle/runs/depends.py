@@ -145,9 +145,9 @@ def _digests(path: Path) -> dict[str, Json]:
 
 @cache
 def _own_source() -> str:
-    """SHA-256 over this package's Python files, each with its name."""
+    """SHA-256 over this package's files of Python and compiled code, each with its name."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.so"))):
         digest.update(f"{path.relative_to(root).as_posix()}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
