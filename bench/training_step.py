@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from bridle.core.moments import Moments
+from bridle.language.attention import attend_narrowly
 from bridle.language.causal import CausalModel
 from bridle.language.collect import PromptTokens, collect
 from bridle.language.policy import LanguagePolicy, critic_from_actor, value_head
@@ -74,6 +75,7 @@ class Step:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         network = actor_of(name)
+        attend_narrowly(network)
         actor = CausalModel(network)
         critic: Any = value_head(actor.width) if options.critic == "trunk" else critic_from_actor(network)
         self.reference = copy.deepcopy(actor).requires_grad_(False)

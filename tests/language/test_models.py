@@ -64,6 +64,7 @@ def test_a_saved_policy_opens_elsewhere_with_the_same_outputs(
     model, tokenizer = load_causal_lm(settings(tmp_path / "base"), dtype=dtype)
     save_model(tmp_path / "policy", model, tokenizer, temperature=0.7)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    model.set_attn_implementation(again.config._attn_implementation)  # narrow heads attend with other rounding
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
@@ -142,8 +143,9 @@ def test_a_saved_reward_model_opens_with_the_same_scores(tmp_path: Path, folder:
     ids = torch.tensor([[1, 9, 30, 2], [1, 12, 2, 0]])
     assert again.config.num_labels == 1
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
         assert torch.equal(reopened(ids).logits, model(ids).logits)
+        model.set_attn_implementation(again.config._attn_implementation)  # narrow heads attend with other rounding
+        assert torch.equal(again(ids).logits, model(ids).logits)
         short = again(ids[1:, :3]).logits
     torch.testing.assert_close(short, model(ids).logits[1:].detach())
 

@@ -107,7 +107,7 @@ class PPOConfig:
     """The leash to the reference."""
     advantage: AdvantageSettings = field(default_factory=lambda: AdvantageSettings(gamma=1.0, lam=0.95))
     """How credit is spread over an answer's tokens."""
-    ppo: PPOSettings = field(default_factory=lambda: PPOSettings(micro_batch_tokens=16_384))
+    ppo: PPOSettings = field(default_factory=lambda: PPOSettings(micro_batch_tokens=4_096))
     """The clipped objective."""
     recompute: bool = False
     """Keep of each layer its input alone while training and run it again on the way back: less memory, a third more work."""

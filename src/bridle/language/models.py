@@ -65,13 +65,10 @@ class ModelSettings:
         """Refuse empty names."""
         for name in ("path", "tokenizer", "pad_token", "eos_token"):
             if getattr(self, name) == "":
-                raise ConfigError.of(
-                    name, "", "a name", "" if name == "path" else f"leave {name} out to keep the model's own"
-                )
+                remedy = "" if name == "path" else f"leave {name} out to keep the model's own"
+                raise ConfigError.of(name, "", "a name", remedy)
         for name in ("pad_token", "eos_token"):
-            if not (getattr(self, name) or "").isascii() and any(
-                "\ud800" <= c <= "\udfff" for c in getattr(self, name)
-            ):
+            if any("\ud800" <= c <= "\udfff" for c in getattr(self, name) or ""):
                 raise ConfigError.of(name, getattr(self, name), "text in UTF-8")
 
 
@@ -207,7 +204,9 @@ def _load(
         low, high = torch.aminmax(weight.detach()) if weight.numel() else (weight.new_zeros(()),) * 2
         if name not in info["missing_keys"] and not bool(low.isfinite() & high.isfinite()):
             raise ModelError(f"{settings.path}: {name} holds numbers that are not finite; take another copy")
-    return model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
+    from bridle.language.attention import attend_narrowly  # imports transformers: late, as everywhere here
+
+    return attend_narrowly(model), frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
 
 
 def _checked(settings: ModelSettings) -> str:
