@@ -43,6 +43,7 @@ from bridle.control.evaluate import EvaluationSettings
 from bridle.control.making import WorldSettings
 from bridle.control.networks import NetworkSettings
 from bridle.jobs.session import RunSettings, Session
+from bridle.language.sampler import SamplingSettings
 from bridle.language.shaping import KLSettings, ShapingSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.random import generator
@@ -148,8 +149,8 @@ def _watch_phases() -> None:
     }.items():
         for name, phase in named.items():
             _phased(module, name, phase)
-    for module in (ppo, sft, reward):
-        _phased(module, "_restore", "restoring")
+    for module, name in ((ppo, "restore"), (sft, "_restore"), (reward, "_restore")):
+        _phased(module, name, "restoring")
     _phased(Collector, "collect", "collecting")
     _phased(learner.Learner, "restore", "restoring")
     for module in (learner.ppo, learner.a2c):
@@ -259,7 +260,7 @@ JOBS = {
             world,
             path,
             run={"keep_checkpoints": 2, "keep_every": 3},
-            evaluation=sft.EvaluationSettings(share=0.2, every=2),
+            evaluation=sft.EvaluationSettings(share=0.2, every=2, sampling=SamplingSettings(max_new_tokens=4)),
         ),
     ),
     "reward": Job(
@@ -327,14 +328,14 @@ def _live(job: Job, world: Path, path: Path, log: Path, doom: Doom, cpu: float) 
         _child(job, world, path, log, doom)
     clock = (~child << 3) | 2  # CPU time of another process, as clock_getcpuclockid gives it
     while True:
-        gone, status = os.waitpid(child, os.WNOHANG)
+        gone, status = os.waitpid(child, os.WNOHANG if cpu else 0)
         if gone:
             break
-        if cpu and time.clock_gettime(clock) >= cpu:
+        if time.clock_gettime(clock) >= cpu:
             os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
             break
-        time.sleep(0.0005)
+        time.sleep(0.001)
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, -signal.SIGKILL):
         raise RuntimeError(f"a run went wrong by itself (exit code {code}):\n{log.read_text()}")

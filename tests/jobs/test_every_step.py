@@ -60,6 +60,10 @@ def remembering(kind: Literal["lstm", "gru"]) -> dict[str, Any]:
         ("control a2c", remembering("lstm")),
         ("control ppo", remembering("gru")),
         ("control ppo", {"world": WorldSettings(num_envs=3), "ppo": PPOSettings(epochs=2, minibatches=3)}),
+        (
+            "control ppo",
+            {"world": WorldSettings(num_envs=2, vectorization="async", autoreset="disabled"), "total_steps": 6 * 32},
+        ),
         ("sft", {}),
         ("reward", {}),
         ("ppo", {}),
