@@ -22,7 +22,7 @@ __all__ = ["Frozen", "Normal", "Run", "Softmax", "Stack", "library", "load", "se
 
 _LAYERS = 8
 """The most layers of one net, as in small.c."""
-_WIDEST = 256
+_WIDEST = 512
 """Beyond this width the machine's own products are as fast."""
 _KEPT = 4
 """Runs whose buffers are kept for later ones of as many states."""
@@ -173,7 +173,8 @@ class Frozen:
     """One net whose weights stand still, for many runs over as many states."""
 
     def __init__(self, net: Sequence[Tensor], *, tanh: bool, rows: int) -> None:
-        turned = [tensor.detach().T.contiguous() if tensor.ndim == 2 else tensor.detach().clone() for tensor in net]
+        turned = [tensor.detach().T.contiguous() if tensor.ndim == 2 else tensor.detach().clone() for tensor in net[:-2]]
+        turned += [tensor.detach().clone() for tensor in net[-2:]]
         hidden = [torch.empty(rows, len(bias)) for bias in net[1:-2:2]]
         self._net = _net(turned, rows, tanh=tanh, hidden=hidden, transposed=True)
         self._net.across, self._net.along = 1, len(net[-1])

@@ -22,7 +22,7 @@ typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef struct {
   int64_t rows, layers, tanh, transposed;
   int64_t width[LAYERS + 1];
-  const float *weight[LAYERS]; /* [out, in]; [in, out] if transposed */
+  const float *weight[LAYERS]; /* [out, in]; [in, out] of the hidden layers if transposed */
   const float *bias[LAYERS];   /* [out] */
   float *weight_gradient[LAYERS];
   float *bias_gradient[LAYERS];
@@ -99,6 +99,18 @@ CLONES static void product(int64_t m, int64_t n, int64_t depth, const float *a, 
   }
 }
 
+/* C[m, n] += A B; where few columns would leave blocks half empty and A lies column by column, C^T = B^T A^T. */
+CLONES static void add_product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
+                               float *restrict c, float *restrict pad) {
+  if (n > WIDE / 2 || m < WIDE || m % WIDE || da != 1) {
+    product(m, n, depth, a, da, dk, b, n, c, n, 1, pad);
+    return;
+  }
+  product(n, m, depth, b, 1, n, a, dk, pad, m, 0, pad); /* whole blocks, which leave `pad` alone */
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) c[i * n + j] += pad[j * m + i];
+}
+
 /* x P(x^2) / Q(x^2), a minimax fit of tanh within 4e-7 of it; the coefficients are those of Eigen's ptanh for floats,
    beyond |x| = 7.9 tanh is 1 in float32. Not-a-number comes through, for it is neither below nor above. */
 INLINE float tanh_of(float x) {
@@ -137,19 +149,57 @@ __attribute__((visibility("default"))) int64_t perceptron_work(const perceptron 
 
 __attribute__((visibility("default"))) int64_t perceptron_layers(void) { return LAYERS; }
 
+/* out(j, i) = h_i W_j^T + b_j of few outputs: sums along a row instead of blocks that would stand half empty. */
+CLONES static void outputs(int64_t rows, int64_t n, int64_t in, const float *restrict h, const float *restrict weight,
+                           const float *restrict bias, float *restrict out, int64_t across, int64_t along) {
+  for (int64_t i = 0; i < rows; i++, h += in)
+    for (int64_t j = 0; j < n; j++) {
+      const float *w = weight + j * in;
+      vec sum = {0};
+      int64_t k = 0;
+      for (; k + 8 <= in; k += 8) sum += *(const vec *)(h + k) * *(const vec *)(w + k);
+      float total = bias[j];
+      for (int l = 0; l < 8; l++) total += sum[l];
+      for (; k < in; k++) total += h[k] * w[k];
+      out[j * across + i * along] = total;
+    }
+}
+
+/* Slopes through f, whose values are `layer`: 1 - h^2, or whether h is above 0. */
+CLONES static void through(int64_t count, const float *restrict layer, float *restrict slopes, int tanh) {
+  if (tanh)
+    for (int64_t i = 0; i < count; i++) slopes[i] *= 1.0f - layer[i] * layer[i];
+  else
+    for (int64_t i = 0; i < count; i++) slopes[i] = layer[i] > 0.0f ? slopes[i] : 0.0f;
+}
+
+/* gradient_j += sum_i A(i, j) with A(i, j) = a[i da + j dk]. */
+CLONES static void add_columns(int64_t rows, int64_t n, const float *restrict a, int64_t da, int64_t dk,
+                               float *restrict gradient) {
+  if (dk == 1)
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < n; j++) gradient[j] += a[i * da + j];
+  else
+    for (int64_t j = 0; j < n; j++) {
+      float sum = 0.0f;
+      for (int64_t i = 0; i < rows; i++) sum += a[i * da + j * dk];
+      gradient[j] += sum;
+    }
+}
+
 EXPORT void perceptron_forward(const perceptron *net, const float *x) {
-  float *pad = net->work, *last = pad + WIDE * (most(net) > ROWS ? most(net) : ROWS);
-  float *turned = last + ROWS * most(net);
+  float *pad = net->work, *turned = pad + WIDE * (most(net) > ROWS ? most(net) : ROWS);
+  const int64_t top = net->layers - 1, last = net->width[net->layers];
   const float *weights[LAYERS];
-  for (int64_t k = 0; k < net->layers; k++) {
+  for (int64_t k = 0; k < top; k++) {
     const int64_t in = net->width[k], out = net->width[k + 1];
     weights[k] = net->weight[k];
     if (net->transposed) continue;
-    for (int64_t j = 0; j < out; j++)
-      for (int64_t i = 0; i < in; i++) turned[i * out + j] = net->weight[k][j * in + i];
+    for (int64_t from = 0; from < out; from += WIDE) /* a cache line of what is written at a time */
+      for (int64_t i = 0; i < in; i++)
+        for (int64_t j = from; j < out && j < from + WIDE; j++) turned[i * out + j] = net->weight[k][j * in + i];
     weights[k] = turned, turned += in * out;
   }
-  const int64_t top = net->layers - 1, outputs = net->width[net->layers];
   for (int64_t at = 0; at < net->rows; at += ROWS) {
     const int64_t rows = net->rows - at < ROWS ? net->rows - at : ROWS;
     const float *below = x + at * net->width[0];
@@ -160,9 +210,8 @@ EXPORT void perceptron_forward(const perceptron *net, const float *x) {
       activate(own, net->bias[k], rows, out, net->tanh);
       below = own;
     }
-    product(rows, outputs, net->width[top], below, net->width[top], 1, weights[top], outputs, last, outputs, 0, pad);
-    for (int64_t j = 0; j < outputs; j++)
-      for (int64_t i = 0; i < rows; i++) net->out[j * net->across + (at + i) * net->along] = last[i * outputs + j] + net->bias[top][j];
+    outputs(rows, last, net->width[top], below, net->weight[top], net->bias[top], net->out + at * net->along, net->across,
+            net->along);
   }
 }
 
@@ -178,13 +227,11 @@ EXPORT void perceptron_backward(const perceptron *net, const float *x, const flo
     for (int64_t k = top; k >= 0; k--) {
       const int64_t in = net->width[k], out = net->width[k + 1];
       const float *below = k ? net->hidden[k - 1] + at * in : x + at * in;
-      product(out, in, rows, above, dk, da, below, in, net->weight_gradient[k], in, 1, pad);
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < out; j++) net->bias_gradient[k][j] += above[i * da + j * dk];
+      add_product(out, in, rows, above, dk, da, below, net->weight_gradient[k], pad);
+      add_columns(rows, out, above, da, dk, net->bias_gradient[k]);
       if (!k) break;
       product(rows, in, out, above, da, dk, net->weight[k], in, own, in, 0, pad);
-      for (int64_t i = 0; i < rows * in; i++)
-        own[i] = net->tanh ? own[i] * (1.0f - below[i] * below[i]) : below[i] > 0.0f ? own[i] : 0.0f;
+      through(rows * in, below, own, net->tanh);
       above = own, da = in, dk = 1;
       float *swap = own;
       own = next, next = swap;
