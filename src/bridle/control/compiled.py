@@ -173,7 +173,9 @@ class Frozen:
     """One net whose weights stand still, for many runs over as many states."""
 
     def __init__(self, net: Sequence[Tensor], *, tanh: bool, rows: int) -> None:
-        turned = [tensor.detach().T.contiguous() if tensor.ndim == 2 else tensor.detach().clone() for tensor in net[:-2]]
+        turned = [
+            tensor.detach().T.contiguous() if tensor.ndim == 2 else tensor.detach().clone() for tensor in net[:-2]
+        ]
         turned += [tensor.detach().clone() for tensor in net[-2:]]
         hidden = [torch.empty(rows, len(bias)) for bias in net[1:-2:2]]
         self._net = _net(turned, rows, tanh=tanh, hidden=hidden, transposed=True)
