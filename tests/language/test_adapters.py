@@ -335,6 +335,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("ranks of layers", {"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ("whole modules", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ("no rank", {"r": None}, "r=null, expected a whole number"),
+    ("a rank beyond all layers", {"r": 10**400}, "r=1000.*expected a whole number from 1 to 65536"),
     ("a rank of another file", {"r": 2}, "expected \\[2, in\\]"),
     ("α of no size", {"lora_alpha": 0}, "lora_alpha=0"),
     ("α beyond floats", {"lora_alpha": 10**400}, "lora_alpha=1000"),
@@ -428,6 +429,19 @@ def test_a_policy_of_adapters_differentiates_as_autograd_does(base: str) -> None
     assert by_hand.keys() == plain.keys()
     assert all("lora_" in name or "head" in name for name in plain)
     torch.testing.assert_close(by_hand, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_run_again_on_the_way_back_give_the_same_gradients(base: str) -> None:
+    units = Segments.of([IDS[0, :4]], [IDS[0, 4:]])
+    found = []
+    for recompute in (False, True):
+        roles = roles_of(base, recompute=recompute)
+        move(roles.policy)
+        ramp = torch.linspace(-1.0, 1.0, 5)
+        roles.policy.differentiate(units, lambda seen, rows: Slopes(logp=ramp[rows], value=ramp[rows]))  # noqa: B023
+        found.append({n: p.grad for n, p in roles.policy.named_parameters() if p.grad is not None})
+    assert any("lora_A" in name for name in found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
 def test_a_frozen_base_needs_no_second_formula(base: str) -> None:

@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LARGEST_RANK = 65_536
+"""A rank is at most the smaller side of a layer, and no layer is that wide."""
 LARGEST_ALPHA = 1e6
 """α beyond it is a slip: the paper's is of the size of r."""
 _PREFIX = "base_model.model."
@@ -171,8 +173,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 def _rank(folder: Path, config: Mapping[str, Any]) -> int:
     rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ModelError(f"{folder / CONFIG} says r={json.dumps(rank)[:60]}, expected a whole number >= 1")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
+        expected = f"a whole number from 1 to {LARGEST_RANK}"
+        raise ModelError(f"{folder / CONFIG} says r={json.dumps(rank)[:60]}, expected {expected}")
     return rank
 
 
