@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -193,6 +194,20 @@ def test_it_follows_its_weights_into_a_flat_buffer_and_through_a_step() -> None:
     assert float((after - before).abs().max()) > 1e-3
     torch.testing.assert_close(after, policy(given).logp.detach(), rtol=1e-5, atol=2e-6)
     assert torch.equal(seen.logp, before)
+
+
+def test_a_copy_learns_by_itself() -> None:
+    policy, given = build(*SHAPES[0]), units(*SHAPES[0][:3], 50)
+    policy.vjp(given)[1](slopes(50))
+    other = copy.deepcopy(policy)
+    before = [parameter.grad.clone() for parameter in policy.parameters()]
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    seen, pull_back = other.vjp(given)
+    pull_back(slopes(50))
+    torch.testing.assert_close(seen.logp, other(given).logp.detach(), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(mine, parameter.grad) for mine, parameter in zip(before, policy.parameters(), strict=True))
 
 
 def move_the_critic(policy: SmallActorCritic) -> None:

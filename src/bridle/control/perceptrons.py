@@ -54,6 +54,10 @@ class Perceptrons:
         self._alone: list[_Stack] | list[compiled.Stack] = []
         self._together: list[_Stack] | list[compiled.Stack] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what points at the weights of this one."""
+        return self.__dict__ | {"_parameters": [], "_addresses": [], "_alone": [], "_together": []}
+
     @property
     def learn(self) -> bool:
         """Whether no weight is frozen."""
