@@ -138,13 +138,25 @@ def test_a_reward_models_fault_is_seen_again(world: Path, tmp_path: Path, capsys
 
 
 def test_a_critic_that_diverged_is_found_before_the_update(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("bridle.learn.optim.SAFE", math.inf)  # or the step that spoils the weights would not be taken
     config = ppo_config(world, tmp_path / "run", critic_optim=replace(WILD, lr=1e38))
     folder = stopped(ppo.run, config)
     assert report(folder)["what"] == "the policy's value"
-    # Adam itself overflowed: the step before left these weights
     assert replayed(folder, capsys)[1].startswith("weights: critic.")
+
+
+def test_a_step_that_would_leave_float32_is_not_taken(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stopped(ppo.run, ppo_config(world, tmp_path / "run", critic_optim=replace(WILD, lr=1e38)))
+    assert folder.name == "step-1"
+    assert report(folder)["what"] == "a weight of critic after its step"
+    assert all(bool(t.isfinite().all()) for t in load_tensors(folder / "weights.safetensors").values())
+    assert replayed(folder, capsys)[1].startswith(
+        "step: all of it is finite, but AdamW would have left float32's range"
+    )
 
 
 def test_a_policy_that_diverged_is_found_while_it_samples(

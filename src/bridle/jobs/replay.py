@@ -60,6 +60,11 @@ def replay(folder: Path) -> list[str]:
         return [f"step {report['step']} of {job}: {report['what']} was not finite", *_of_world(report, tensors)]
     found = list(find(_CASES[job](folder, report, tensors)))
     head = f"step {report['step']} of {job}: {report['what']} was not finite"
+    if not found and str(report["what"]).startswith("a weight of "):
+        names = ", ".join(map(str, cast("list[Json]", report["parameters"])))
+        found = [
+            f"step: all of it is finite, but AdamW would have left float32's range in {names}: lower the learning rate"
+        ]
     if not found:
         raise TrainingError(
             f"{head}, and here everything is; another machine, thread count or code may round otherwise"

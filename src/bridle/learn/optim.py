@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bridle.errors import ConfigError, NonFiniteStep, RunError
 from bridle.learn.masters import Masters
+from bridle.learn.reach import SAFE, after_step, reach
 
 __all__ = ["Group", "OptimSettings", "Optimiser", "learning_rate"]
 
@@ -88,6 +89,7 @@ class _Separate:
     """A group's parameters as they lie, moved by PyTorch's fused AdamW."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings, masters: Masters) -> None:
+        self._settings = settings
         self._held = list(parameters.values())
         parameters = self._parameters = {name: masters.of(p) for name, p in parameters.items()}
         matrices = [p for p in parameters.values() if p.ndim >= 2]
@@ -111,6 +113,25 @@ class _Separate:
 
     def not_finite(self) -> tuple[str, ...]:
         return _not_finite(self._parameters)
+
+    @torch.no_grad()
+    def length(self) -> float:
+        return float(torch.nn.utils.get_total_norm(list(self._parameters.values())))
+
+    @torch.no_grad()
+    def overflowing(self, lr: float) -> tuple[str, ...]:
+        found = []
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            state = self._adam.state.get(parameter, {})
+            nothing = torch.zeros_like(parameter)
+            slots = {"value": parameter.detach(), "grad": parameter.grad}
+            slots |= {slot: state.get(slot, nothing) for slot in ("exp_avg", "exp_avg_sq")}
+            decay = self._settings.weight_decay if parameter.ndim >= 2 else 0.0
+            if not _stays_finite(slots, self._settings, lr=lr, decay=decay, step=int(state.get("step", 0)) + 1):
+                found.append(name)
+        return tuple(found)
 
     def scale_gradient(self, share: float) -> None:
         torch._foreach_mul_(self._gradients(), share)
@@ -136,6 +157,11 @@ class _Separate:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+
+def _stays_finite(slots: Mapping[str, Tensor], s: OptimSettings, *, lr: float, decay: float, step: int) -> bool:
+    after = after_step(slots, lr=lr, beta1=s.beta1, beta2=s.beta2, eps=s.eps, decay=decay, step=step)
+    return bool(torch.isfinite(after).all())
 
 
 def _not_finite(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
@@ -200,6 +226,21 @@ class _Flat:
     def _untouched(self) -> bool:
         """Whether nobody has put a gradient of their own beside ours."""
         return all(map(is_, [parameter.grad for parameter in self._owners], self._own))
+
+    @torch.no_grad()
+    def length(self) -> float:
+        return float(torch.dot(self._values, self._values).sqrt_())
+
+    @torch.no_grad()
+    def overflowing(self, lr: float) -> tuple[str, ...]:
+        columns = {"value": self._values, "grad": self._gradient, "exp_avg": self._m, "exp_avg_sq": self._v}
+        found = []
+        for name, parameter in self._parameters.items():
+            slots = {slot: column[self._places[name]] for slot, column in columns.items()}
+            decay = self._settings.weight_decay if parameter.ndim >= 2 else 0.0
+            if not _stays_finite(slots, self._settings, lr=lr, decay=decay, step=self._steps + 1):
+                found.append(name)
+        return tuple(found)
 
     def scale_gradient(self, share: float) -> None:
         self._gradient.mul_(share)
@@ -282,6 +323,7 @@ class Optimiser:
                 self._moved[group.name] = (
                     _Flat(own, group.settings) if flat else _Separate(own, group.settings, self._masters)
                 )
+        self._largest: dict[str, float] = {}  # bounds of each group's weights, which steps move on
         self.schedule(0)
 
     def schedule(self, step: int) -> None:
@@ -297,25 +339,42 @@ class Optimiser:
         """Clip each group, move all parameters, forget the gradients; return each group's L2 norm before clipping.
 
         Raises:
-            NonFiniteStep: a gradient is not finite; nothing was moved. It names the units ``rows``.
+            NonFiniteStep: a gradient is not finite, or a weight would not be; nothing was moved. It names ``rows``.
         """
         norms: dict[str, float] = {}
         for group in self.groups:
             moved = self._moved.get(group.name)
             norm = norms[group.name] = 0.0 if moved is None else float(moved.gradient_norm())
             if not math.isfinite(norm):
-                names = () if moved is None else moved.not_finite()
-                self.zero_grad()
-                own = () if rows is None else tuple(rows.tolist())
-                raise NonFiniteStep(f"the gradient of {group.name}", own, parameters=names)
+                raise self._fault(f"the gradient of {group.name}", rows, () if moved is None else moved.not_finite())
             limit = group.settings.max_grad_norm
             if moved is not None and limit is not None and norm > limit:
                 moved.scale_gradient(limit / (norm + 1e-6))
+        for group in self.groups:
+            if overflowing := self._overflowing(group):
+                raise self._fault(f"a weight of {group.name} after its step", rows, overflowing)
         for name, moved in self._moved.items():
             moved.step(self.lrs[name])
         self._masters.refresh()
         self.zero_grad()
         return norms
+
+    def _overflowing(self, group: Group) -> tuple[str, ...]:
+        """Name the parameters that the step would leave not finite; looked at only where their bound does not serve."""
+        moved, lr, s = self._moved.get(group.name), self.lrs[group.name], group.settings
+        if moved is None:
+            return ()
+        largest = self._largest.get(group.name)
+        largest = moved.length() if largest is None else largest  # no weight is larger, and a sum of squares is quicker
+        after = self._largest[group.name] = largest * (1 + lr * s.weight_decay) + lr * reach(s.beta1, s.beta2)
+        if after < SAFE:
+            return ()
+        del self._largest[group.name]
+        return moved.overflowing(lr)
+
+    def _fault(self, what: str, rows: Tensor | None, parameters: tuple[str, ...]) -> NonFiniteStep:
+        self.zero_grad()
+        return NonFiniteStep(what, () if rows is None else tuple(rows.tolist()), parameters=parameters)
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments and step counts as flat tensors, keyed ``group/parameter/slot``, ready for safetensors."""
@@ -330,6 +389,7 @@ class Optimiser:
             RunError: the names or shapes do not fit these groups.
         """
         left = dict(tensors)
+        self._largest.clear()  # weights were put back too
         for group in self.groups:
             for name, parameter in group.parameters.items():
                 own = {slot: left.pop(f"{group.name}/{name}/{slot}", None) for slot in _SLOTS}
