@@ -211,14 +211,14 @@ def test_ppo_learns_through_adapters_alone(world: Path, tmp_path: Path) -> None:
         tmp_path / "ppo",
         world / "model",
         kl=KLSettings(coefficient=0.01),
-        actor=OptimSettings(lr=3e-2),
+        actor=OptimSettings(lr=0.1),
         critic=CriticSettings(source="trunk"),
         steps=12,
         prompts_per_step=16,
     )
     ppo.run(replace(config, run=replace(config.run, checkpoint_every=None)))
     scores = [float(str(row["score"])) for row in Run.open(tmp_path / "ppo").metrics() if "clip_fraction" in row]
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
+    assert sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.2
 
 
 def test_a_fault_keeps_adapters_alone_and_is_replayed(world: Path, tmp_path: Path) -> None:
