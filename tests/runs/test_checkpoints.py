@@ -358,6 +358,7 @@ def test_lines_that_a_power_cut_tore_at_once_are_all_dropped_before_it_is_said(r
 
 def test_a_run_that_cannot_be_taken_up_is_let_go_of(run: Run) -> None:
     run.record(1, {"loss": 0.5})
+    save(run, 1)
     run.close()
     whole = (run.path / "metrics.jsonl").read_bytes()
     (run.path / "metrics.jsonl").write_bytes(b"rubbish\n")

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from bridle.runs.checkpoints import Checkpoint
 from bridle.runs.directory import Run, RunState
+from bridle.runs.places import Reserved, reserve
 
-__all__ = ["Checkpoint", "Run", "RunState"]
+__all__ = ["Checkpoint", "Reserved", "Run", "RunState", "reserve"]

@@ -8,7 +8,7 @@ JSON.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ __all__ = [
     "save_json",
     "save_tensors",
     "verify",
+    "vouched_lines",
     "whole_folder",
     "write_manifest",
     "write_text",
@@ -102,14 +103,26 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Write ``manifest.json``: for every file of the folder its size in bytes and its SHA-256."""
+def write_manifest(folder: Path, step: int, records: Mapping[str, int] | None = None) -> None:
+    """Write ``manifest.json``: for every file of the folder its size in bytes and its SHA-256.
+
+    ``records`` are the run's files of records, with the number of their lines up to ``step``.
+    """
     files: dict[str, Json] = {
         path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "size": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    save_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+    lines = {} if records is None else {"records": {**records}}
+    save_json(folder / MANIFEST, {"format": FORMAT, "step": step, **lines, "files": files})
+
+
+def vouched_lines(checkpoint: Checkpoint, name: str) -> int | None:
+    """Return how many lines of a file of records the checkpoint followed on; None where its manifest does not say."""
+    manifest = load_json(checkpoint.path / MANIFEST)
+    records = manifest.get("records") if isinstance(manifest, dict) else None
+    count = records.get(name) if isinstance(records, dict) else None
+    return count if isinstance(count, int) else None
 
 
 def verify(checkpoint: Checkpoint) -> None:

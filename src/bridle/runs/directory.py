@@ -14,7 +14,6 @@ One process writes a run (a lock sees to it); any number may read it while it gr
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
 import re
@@ -51,6 +50,8 @@ from bridle.runs.files import (
     sync,
     write_lines,
 )
+from bridle.runs.mending import count_lines, cut_back, drop_damaged_lines
+from bridle.runs.places import FOLDERS, Reserved, clear, is_locked, let_go, reserve, take_lock
 
 __all__ = ["FORMAT", "Run", "RunState"]
 
@@ -59,7 +60,6 @@ FORMAT = 1
 
 Metric = float | int | str | bool | None
 _STREAMS = ("metrics.jsonl", "timing.jsonl")
-_FOLDERS = ("samples", "checkpoints", "faults")
 
 
 class RunState(Enum):
@@ -87,11 +87,14 @@ def _step_of(row: Mapping[str, Json]) -> int:
 class Run:
     """One run's directory, open for writing (:meth:`create`, ``open(…, write=True)``) or only for reading."""
 
-    __slots__ = ("_head", "_last_step", "_lock", "path")
+    __slots__ = ("_head", "_last_step", "_lock", "_made", "mended", "path")
 
-    def __init__(self, path: Path, head: JsonObject, *, lock: int | None) -> None:
+    def __init__(self, path: Path, head: JsonObject, *, lock: int | None, made: tuple[Path, ...] = ()) -> None:
         """Use :meth:`create` or :meth:`open`."""
         self.path = path
+        self.mended: tuple[str, ...] = ()
+        """what was damaged when it was opened to be gone on with, and what became of it."""
+        self._made = made
         self._head = head
         self._lock = lock
         self._last_step = -1
@@ -119,45 +122,29 @@ class Run:
     @classmethod
     def create(
         cls,
-        path: Path | str,
+        path: Path | str | Reserved,
         job: str,
         config: Mapping[str, Json],
         *,
         resolved: Mapping[str, Json] | None = None,
         depends: Mapping[str, Json] | None = None,
     ) -> Run:
-        """Make a new run at ``path``, which must not exist or be empty.
+        """Make a new run at ``path``, which must not exist or be empty, or is already held.
 
         ``config`` is what was asked for; ``resolved`` the same with every automatic choice made; ``depends`` what the
         numbers depend on besides. Raises :class:`RunError` where something is there already; nothing is written over.
         """
-        path = Path(path)
-        remedy = "pass --run.dir another path"
-        try:
-            if ".." in path.parts:  # nowhere/../taken is not there as long as nowhere is not
-                path = path.resolve()
-            if (path / "config.json").is_file():
-                remedy += f" or `bridle resume {path}`"
-            if path.exists() and not path.is_dir():
-                raise RunError(f"{path} is a file, not a directory; pass --run.dir another path")
-            if path.is_dir() and not _is_bare(path):
-                raise RunError(f"{path} is not empty; {remedy}")
-            path.mkdir(parents=True, exist_ok=True)
-            for name in _FOLDERS:
-                (path / name).mkdir(exist_ok=True)
-            lock = _take_lock(path)
-        except (OSError, ValueError) as error:
-            if isinstance(error, RunError):
-                raise
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise RunError(f"{str(path)[:200]} cannot be written ({reason}); pass --run.dir another path") from None
+        held = path if isinstance(path, Reserved) else reserve(path)
+        path = held.path
         packages = ("bridle", "torch", "transformers", "gymnasium")
         versions: dict[str, Json] = {"python": platform.python_version()}
         versions |= {name: version_of(name) for name in packages}
         head: JsonObject = {"format": FORMAT, "job": job, "versions": versions, "config": dict(config)}
         head |= {"resolved": dict(config if resolved is None else resolved), "depends": dict(depends or {})}
-        run = cls(path, head, lock=lock)
+        run = cls(path, head, lock=held.lock, made=held.made)
         with run._writing():
+            for name in FOLDERS:
+                (path / name).mkdir(exist_ok=True)
             save_json(path / "config.json", head)
         return run
 
@@ -195,7 +182,7 @@ class Run:
         if not write:
             return cls(path, head, lock=None)
         try:
-            lock = _take_lock(path)
+            lock = take_lock(path)
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}); make it writable, or copy it") from None
         run = cls(path, head, lock=lock)
@@ -209,14 +196,24 @@ class Run:
 
     def _mend(self) -> None:
         """Clear what a crash left half done."""
-        for folder in (self.path, *(self.path / name for name in _FOLDERS)):
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
             clear_leftovers(folder)
         # all of them first: a line appended to events.jsonl while that is torn would be lost with what was torn
         torn = [name for name in (*_STREAMS, "events.jsonl") if drop_torn_line(self.path / name)]
-        for name in torn:
-            self.event("mended", f"dropped a torn last line of {name}")
+        said = [drop_damaged_lines(self.path / "events.jsonl"), *(f"dropped a torn last line of {n}" for n in torn)]
+        said += [cut_back(self.path / name, self._goes_on_from) for name in _STREAMS]
+        self.mended = tuple(filter(None, said))
+        for text in self.mended:
+            self.event("mended", text)
         rows = self.metrics()
         self._last_step = _step_of(rows[-1]) if rows else -1
+
+    def _goes_on_from(self) -> Checkpoint | None:
+        """Find the newest checkpoint that is whole; None where there is none at all."""
+        newest, there = self.latest_checkpoint(), self.checkpoints()
+        if newest is None and there:
+            raise RunError(f"{self.path}: records are damaged and no checkpoint is whole; put one of them back")
+        return newest
 
     def go_on_as(
         self, config: Mapping[str, Json], resolved: Mapping[str, Json], depends: Mapping[str, Json], changes: list[str]
@@ -246,9 +243,7 @@ class Run:
     def close(self) -> None:
         """Let go of the lock; the run can still be read."""
         if self._lock is not None:
-            if self._lock in _held:
-                _held.discard(self._lock)
-                os.close(self._lock)
+            let_go(self._lock)
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -260,10 +255,13 @@ class Run:
         self.close()
 
     def discard(self) -> None:
-        """Remove a run that has recorded nothing yet, as after a mistake in its settings; one that has stays."""
-        if not self.metrics() and not self.checkpoints():
+        """Remove a run that has recorded nothing yet, as after a mistake in its settings; one that has stays.
+
+        A directory that was there before it stays too, empty.
+        """
+        if self._lock is not None and not self.metrics() and not self.checkpoints():
+            clear(self.path, self._made)
             self.close()
-            shutil.rmtree(self.path)
 
     # Recording
 
@@ -319,9 +317,9 @@ class Run:
 
     def state(self) -> RunState:
         """Tell what has become of the run."""
-        if self._lock is not None or _is_locked(self.path):
+        if self._lock is not None or is_locked(self.path):
             return RunState.RUNNING
-        kinds = [str(event.get("kind")) for event in self.events()]
+        kinds = [str(event.get("kind")) for event in read_lines(self.path / "events.jsonl", texts=True, lenient=True)]
         lives = [kind for kind in kinds if kind in ("start", "resume", *_ENDINGS)]
         return _ENDINGS.get(lives[-1], RunState.INTERRUPTED) if lives else RunState.INTERRUPTED
 
@@ -335,7 +333,7 @@ class Run:
         """
         with self._writing(), whole_folder(self.path / "checkpoints" / f"step-{step}") as folder:
             yield folder
-            write_manifest(folder, step)
+            write_manifest(folder, step, {name: count_lines(self.path / name) for name in _STREAMS})
             for name in _STREAMS:
                 if (self.path / name).exists():
                     sync(self.path / name)
@@ -401,15 +399,6 @@ class Run:
                 checkpoint.path.rename(aside)
 
 
-def _is_bare(path: Path) -> bool:
-    """Whether a directory is empty, or holds no more than what a process that died at once left of a beginning."""
-    files = {path / ".lock", path / ".config.json.partial"}
-    folders = {path / name for name in _FOLDERS}
-    return all(
-        found in files or (found in folders and found.is_dir() and not any(found.iterdir())) for found in path.iterdir()
-    )
-
-
 def _object(head: JsonObject, name: str) -> JsonObject:
     value = head.get(name)
     return value if isinstance(value, dict) else {}
@@ -424,42 +413,3 @@ def _refusal(error: OSError | SafetensorError) -> tuple[str, bool]:
         number = int(found[1]) if found else None
         reason = os.strerror(number) if number is not None else str(error)
     return reason, number in (errno.ENOSPC, errno.EDQUOT)
-
-
-_held: set[int] = set()
-
-
-def _let_go() -> None:
-    """A forked child holds no lock: or it would go on holding its parent's after the parent's death."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _take_lock(path: Path) -> int:
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise RunError(f"{path} is in use by another process; wait for it to end") from None
-    _held.add(descriptor)
-    return descriptor
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path / ".lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(descriptor)

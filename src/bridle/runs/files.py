@@ -154,8 +154,8 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Json]], *, texts: bool
     write_bytes(path, b"".join(_dumps(value, texts=texts) + b"\n" for value in values))
 
 
-def read_lines(path: Path, *, texts: bool = False) -> list[JsonObject]:
-    """Read a JSONL file; a missing file is empty and a torn last line is left out.
+def read_lines(path: Path, *, texts: bool = False, lenient: bool = False) -> list[JsonObject]:
+    """Read a JSONL file; a missing file is empty and a torn last line is left out; with ``lenient`` every damaged one is.
 
     Raises :class:`RunError` with the line number where a complete line is not a JSON object.
     """
@@ -171,6 +171,8 @@ def read_lines(path: Path, *, texts: bool = False) -> list[JsonObject]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
+        if not isinstance(row, dict) and lenient:
+            continue
         if not isinstance(row, dict):
             raise RunError(f"{path} line {number} is damaged; delete that line to go on without it")
         rows.append(row if texts else {name: _decode(item) for name, item in row.items()})

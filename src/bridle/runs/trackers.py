@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol
 
 from bridle.errors import ConfigError
 from bridle.runs.files import Json
 
-__all__ = ["Tracker", "TrackerName", "open_trackers"]
+__all__ = ["Tracker", "TrackerName", "open_trackers", "require_trackers"]
 
 TrackerName = Literal["tensorboard", "wandb"]
 
@@ -31,16 +32,21 @@ def _numbers(metrics: Mapping[str, float | int | str | bool | None]) -> dict[str
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def _missing(name: str) -> ConfigError:
-    return ConfigError.of("run.trackers", name, "an installed package", f"pip install 'bridle[{name}]'")
+def require_trackers(names: tuple[TrackerName, ...]) -> None:
+    """Refuse a tracker whose package is not installed; raises :class:`ConfigError`."""
+    modules = {"tensorboard": "torch.utils.tensorboard.writer", "wandb": "wandb"}
+    for name in names:
+        try:
+            import_module(modules[name])
+        except ImportError:
+            remedy = f"pip install 'bridle[{name}]'"
+            raise ConfigError.of("run.trackers", name, "an installed package", remedy) from None
 
 
 class _TensorBoard:
     def __init__(self, path: Path, after_step: int) -> None:
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
+        from torch.utils.tensorboard.writer import SummaryWriter
+
         self._writer = SummaryWriter(str(path / "tensorboard"), purge_step=after_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float | int | str | bool | None]) -> None:
@@ -53,10 +59,8 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, path: Path, job: str, config: Mapping[str, Json]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
+        import wandb
+
         # the same run again after a resume, and never another one that is called alike elsewhere
         name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
         self._run = wandb.init(
@@ -83,4 +87,5 @@ def open_trackers(
 
     Raises :class:`ConfigError` where the tracker's package is not installed.
     """
+    require_trackers(names)
     return [_TensorBoard(path, after_step) if name == "tensorboard" else _Wandb(path, job, config) for name in names]
