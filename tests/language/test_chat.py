@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase
 
 from bridle.errors import DataError, ModelError
+from bridle.language import rendering
 from bridle.language.chat import Message, encode_dialogue, encode_prompt, encode_turn, require_template
 
 from .tiny import CHATML, byte_tokenizer
@@ -135,3 +137,88 @@ def test_gpt2_with_chatml(shared_data: Path, tmp_path: Path) -> None:
     whole = tokenizer.decode(before) + "\n\nVery well."
     assert tokenizer.encode(whole)[: len(before)] != before
     assert ids[: len(before)] == before
+
+
+NASTY = {
+    "loops in loops": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+    "a macro that calls itself twice": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    ),
+    "a power that takes for ever": "{{ 9 ** (9 ** 9) }}",
+    "loops that only some messages start": (
+        "{% if messages[0].content == 'evil' %}{% for a in range(100000) %}{% for b in range(100000) %}"
+        "{% endfor %}{% endfor %}{% endif %}"
+    ),
+}
+FAT = {
+    "a long text": "{{ 'x' * 10 ** 9 }}",
+    "a longer text": "{{ 'x' * 10 ** 12 }}",
+    "a text that doubles": "{% set n = namespace(t='x') %}{% for a in range(64) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "padding": "{{ 'x'.ljust(10 ** 9) }}",
+    "a filter that pads": "{{ 'x' | center(10 ** 9) }}",
+    "a long list": "{% set a = [0] * 10 ** 9 %}",
+    "a dialogue that is too long": "{{ 'x' * 20000000 }}",
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_template_without_end_is_cut_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.1)
+    tokenizer = chat_tokenizer(NASTY[name])
+    tokenizer.name_or_path = "some/folder"
+    evil = (Message(role="user", content="evil"),)
+    asks: list[Callable[[], object]] = [lambda: encode_prompt(tokenizer, evil)]
+    if name.startswith("loops that"):
+        asks = [
+            lambda: encode_turn(tokenizer, evil, "Hello!", (2,)),
+            lambda: encode_dialogue(tokenizer, (*evil, *TALK[2:3]), (2,)),
+        ]
+    for ask in asks:
+        with pytest.raises(ModelError) as caught:
+            ask()
+        assert str(caught.value) == (
+            "the chat template of some/folder does not come to an end (0.1 seconds of processor time); mend it or give "
+            "another: --model.chat-template FILE"
+        )
+    assert encode_prompt(chat_tokenizer(), ASKED)  # what renders was killed, and is there again
+
+
+@pytest.mark.parametrize("name", FAT)
+def test_a_template_that_grows_is_cut_off(name: str) -> None:
+    with pytest.raises(ModelError, match="the chat template writes or holds more than any dialogue needs; mend it or"):
+        encode_prompt(chat_tokenizer(FAT[name]), ASKED)
+
+
+def test_marks_are_rendered_within_the_same_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.1)
+    endless = NASTY["loops in loops"] + "{% generation %}{% endgeneration %}"
+    with pytest.raises(ModelError, match="does not come to an end"):
+        encode_dialogue(chat_tokenizer(endless), TALK, (2,))
+
+
+def test_nothing_else_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way from messages to tokens asks the bounded process, and it renders what transformers itself renders."""
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", None)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.render_jinja_template", None)
+    for template in (CHATML, MARKED):
+        tokenizer = chat_tokenizer(template)
+        encode_prompt(tokenizer, ASKED)
+        encode_turn(tokenizer, ASKED, "Hello!", stop(tokenizer))
+        encode_dialogue(tokenizer, TALK, stop(tokenizer))
+
+
+@pytest.mark.parametrize("open_turn", [False, True])
+def test_a_dialogue_is_rendered_as_transformers_renders_it(open_turn: bool) -> None:
+    odd = [{"role": "user", "content": "{{ 1 }} \u2028 é 𝕏 \x00 \\ \" '"}, {"role": "assistant", "content": " \n"}]
+    for template in (CHATML, FORGETFUL, "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}"):
+        tokenizer = chat_tokenizer(template)
+        own = tokenizer.apply_chat_template(odd, tokenize=False, add_generation_prompt=open_turn)
+        assert rendering.render(tokenizer, odd, open_turn=open_turn).text == own
+
+
+def test_marked_turns_are_those_of_transformers() -> None:
+    tokenizer = chat_tokenizer(MARKED)
+    ids, said = encode_dialogue(tokenizer, TALK, stop(tokenizer))
+    whole = [{"role": m.role, "content": m.content} for m in TALK]
+    out = tokenizer.apply_chat_template(whole, return_dict=True, return_assistant_tokens_mask=True)
+    assert (ids, said) == (out["input_ids"], [bool(mark) for mark in out["assistant_masks"]])

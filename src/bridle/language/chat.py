@@ -7,12 +7,12 @@ encoded as ordinary characters, so data cannot end a turn or open another.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bridle.errors import DataError, ModelError
+from bridle.language.rendering import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,44 +155,25 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
     require_template(tokenizer)
     control = _control_tokens(tokenizer)
     conversation = [{"role": m.role, "content": _defuse(m.content, control)} for m in messages]
-    with _template_errors():
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=open_turn))
-
-
-@contextmanager
-def _template_errors() -> Iterator[None]:
-    """Tell in one line what a chat template, which is foreign code, raised over the messages."""
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    try:
-        yield
-    except TemplateSyntaxError as error:
-        reason = f"line {error.lineno}: {' '.join(str(error.message).split())}"
-        raise ModelError(
-            f"the chat template cannot be read, {reason}; give another: --model.chat-template FILE"
-        ) from error
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
-    except Exception as error:  # a template's expressions may raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(
-            f"the chat template fails with {reason}; mend it or give another: --model.chat-template FILE"
-        ) from error
+    return render(tokenizer, conversation, open_turn=open_turn).text
 
 
 def _encode_by_marks(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     control = _control_tokens(tokenizer)
     if any(control.search(message.content) for message in messages):
         raise DataError("a message contains a control token of the tokenizer, which this template would let through")
-    conversation = [{"role": m.role, "content": m.content} for m in messages]
-    with _template_errors():
-        out = tokenizer.apply_chat_template(
-            conversation, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-        )
-    said = [bool(mark) for mark in out["assistant_masks"]]
+    rendered = render(tokenizer, [{"role": m.role, "content": m.content} for m in messages], marks=True)
+    out = tokenizer(rendered.text, add_special_tokens=False, verbose=False)
+    ids = list(out["input_ids"])
+    said = [False] * len(ids)
+    for start, end in rendered.spans:
+        first, last = out.char_to_token(start), out.char_to_token(end - 1)
+        if first is not None:
+            stop = len(ids) if last is None else last + 1
+            said[first:stop] = [True] * (stop - first)
     if not any(said):
         raise ModelError("the chat template's {% generation %} marks hold nothing that the assistant says")
-    return list(out["input_ids"]), said
+    return ids, said
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
