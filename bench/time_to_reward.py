@@ -34,8 +34,10 @@ import torch
 from peers.language_work import Laps, PPOWork
 
 from bridle.jobs import ppo
-from bridle.jobs.ppo import PPOConfig, open_prompts
+from bridle.jobs.asked import open_prompts
+from bridle.jobs.ppo import PPOConfig
 from bridle.jobs.session import Session
+from bridle.language.descriptions import describe_causal_lm
 from bridle.language.evaluate import assess
 from bridle.language.roles import CriticSettings, open_roles
 from bridle.language.scorers import RewardSettings, build_scorer
@@ -92,7 +94,7 @@ class Judged:
             compute_dtype=torch.float32,
         )
         self._scorer = build_scorer(config.reward, self._roles.tokenizer, device=device)
-        _, self._prompts, _ = open_prompts(self._config, self._roles)
+        _, self._prompts, _ = open_prompts(self._config, describe_causal_lm(config.model))
 
     def __call__(self, folder: Path | None) -> dict[str, float]:
         """Gold score and exact KL of the policy in ``folder``, of the base model without one."""
@@ -108,7 +110,7 @@ class Judged:
             self._prompts,
             self._config.sampling,
             seed=0,
-            micro_batch_tokens=16_384,
+            budget=16_384,
         ).metrics()
         return {"gold": -found["score"], "gold_ci95": found["score_ci95"], "exact_kl": found["exact_kl"]}
 

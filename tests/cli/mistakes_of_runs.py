@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bridle.cli.main import main
 from tests.cli.mistakes import Mistake
-from tests.cli.world import SFT, edit, judged, train
+from tests.cli.world import EVALUATE, PPO, REWARD, SFT, edit, judged, train
 
 RESUME = ("resume", "r")
 
@@ -83,6 +83,16 @@ def _replaced(name: str, old: str, new: str) -> Callable[[Path], object]:
     return change
 
 
+def _elsewhere(old: str, new: str) -> Callable[[Path], object]:
+    """Let a run have been started with a file by another name."""
+
+    def change(run: Path) -> None:
+        path = run / "config.json"
+        path.write_text(path.read_text().replace(f'"path": "{old}"', f'"path": "{new}"'))
+
+    return change
+
+
 def _of_checkpoint(change: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda run: change(run / "checkpoints" / "step-1")
 
@@ -98,6 +108,10 @@ def run_mistakes() -> Iterator[Mistake]:
     group = "Runs"
     for what, arguments in {
         "a directory that is taken": (*SFT, "--run.dir", "taken"),
+        "a directory that is taken (reward)": (*REWARD, "--run.dir", "taken"),
+        "a directory that is taken (ppo)": (*PPO, "--run.dir", "taken"),
+        "a directory that is taken (train)": (*train("CartPole-v1"), "--run.dir", "taken"),
+        "a directory that is taken (quickstart)": ("quickstart", "--run.dir", "taken", "--run.quiet"),
         "the same by a detour": (*SFT, "--run.dir", "nowhere/../taken"),
         "a file for a directory": (*SFT, "--run.dir", "good.jsonl"),
         "a directory below a file": (*SFT, "--run.dir", "good.jsonl/r"),
@@ -122,7 +136,14 @@ def run_mistakes() -> Iterator[Mistake]:
         arguments=("evaluate", "r", "--checkpoint", "best"),
         before=_copied("agent", lambda run: shutil.rmtree(run / "best")),
     )
+    yield Mistake(
+        group=group,
+        what="figures where nothing can be written",
+        arguments=(*EVALUATE, "--output", "/proc/figures.json"),
+    )
     edits: dict[str, tuple[Callable[[Path], object], str]] = {
+        "data that are gone": (_elsewhere("good.jsonl", "gone.jsonl"), ""),
+        "other data": (_elsewhere("good.jsonl", "same.jsonl"), ""),
         "a setting changed": (_replaced("config.json", '"clip": 0.2', '"clip": 0.3'), ""),
         "a setting of another type": (_replaced("config.json", '"steps": 2', '"steps": "many"'), ""),
         "a setting out of range": (_replaced("config.json", '"steps": 2', '"steps": 0'), ""),

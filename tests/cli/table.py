@@ -17,8 +17,11 @@ from unittest import mock
 
 import gymnasium
 import numpy as np
+import safetensors.torch
+from transformers import PreTrainedModel
 
 import bridle
+from bridle.language import rendering
 from tests.cli import mistakes, mistakes_of_runs
 from tests.cli.mistakes import Mistake
 from tests.cli.watched import Seen, Site, as_users_see_it, command, observe
@@ -50,6 +53,8 @@ class Row:
     changed: tuple[str, ...]
     """files and folders that are not as they were."""
 
+    opened: int
+    """how often weights were read before it was told."""
     world: str
     """the working directory, which the page leaves out."""
 
@@ -104,7 +109,11 @@ def working_directory(path: Path) -> Iterator[Path]:
     before = Path.cwd()
     os.chdir(path)
     try:
-        with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True), as_users_see_it():
+        with (
+            mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
+            mock.patch.object(rendering, "SECONDS", 0.5),
+            as_users_see_it(),
+        ):
             mistakes_of_runs.make_runs(path)
             mistakes_of_runs.make_odd_runs(path)
             mistakes_of_runs.make_faults(path)
@@ -117,17 +126,40 @@ def _prints(folder: Path) -> dict[str, str | None]:
     return {name: None if found is None else sha256(found).hexdigest() for name, found in contents(folder).items()}
 
 
+@contextmanager
+def counted_weights() -> Iterator[list[str]]:
+    """Note each time that weights are read: a model's, or a file of tensors."""
+    opened: list[str] = []
+    of_models, of_tensors = PreTrainedModel.from_pretrained.__func__, safetensors.torch.load_file
+
+    def model(cls: type[PreTrainedModel], *arguments: object, **named: object) -> object:
+        opened.append(cls.__name__)
+        return of_models(cls, *arguments, **named)
+
+    def tensors(path: Path, *arguments: object, **named: object) -> object:
+        if path.name != "batch.safetensors":  # of a fault: data
+            opened.append(str(path))
+        return of_tensors(path, *arguments, **named)
+
+    with (
+        mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(model)),
+        mock.patch.object(safetensors.torch, "load_file", tensors),
+    ):
+        yield opened
+
+
 def make(mistake: Mistake, world: Path) -> Row:
     """Make one mistake; what it prepared as ``r`` is removed after it."""
     if mistake.before is not None:
         mistake.before(world)
     before = _prints(world)
-    seen = command(mistake.arguments) if not mistake.python else observe(lambda: _execute(mistake.python))
+    with counted_weights() as opened:
+        seen = command(mistake.arguments) if not mistake.python else observe(lambda: _execute(mistake.python))
     after = _prints(world)
     shutil.rmtree(world / "r", ignore_errors=True)
     differing = (name for name in {**before, **after} if before.get(name, "") != after.get(name, ""))
     changed = tuple(name for name in differing if name not in mistake.notes)
-    return Row(mistake=mistake, seen=seen, changed=changed, world=str(world.resolve()))
+    return Row(mistake=mistake, seen=seen, changed=changed, opened=len(opened), world=str(world.resolve()))
 
 
 def _execute(python: str) -> int:

@@ -130,7 +130,10 @@ def test_a_config_edited_by_hand_is_refused(bridle: Bridle, r: Path, old: str, n
 def test_records_edited_by_hand_are_refused(bridle: Bridle, r: Path) -> None:
     (r / "metrics.jsonl").write_text('nonsense\n{"step": 1}\n')
     code, _, err = bridle("resume", "r")
-    assert (code, err) == (2, "bridle: r/metrics.jsonl line 1 is damaged; delete that line to go on without it\n")
+    assert (code, err) == (
+        2,
+        "bridle: r/metrics.jsonl line 1 is damaged, before the checkpoint of step 1; delete that line to go on without it\n",
+    )
 
 
 def test_a_run_in_use_is_left_alone(bridle: Bridle, r: Path) -> None:

@@ -40,6 +40,47 @@ def test_the_page_says_what_is_said(rows: list[Row]) -> None:
     assert PAGE.read_text() == page(rows), "write it again: python -m tests.cli.table"
 
 
+ONLY_OPEN = {
+    "Models": {
+        "a shape that does not fit",
+        "a layer too many",
+        "NaN for a weight",
+        "a model that looks ahead",
+        "a reference of another shape",
+        "a reward model that lacks a layer",
+        "adapters on layers that are not there",
+        "adapters of a rank beyond the layers",
+        "an adapter of layers that are not there",
+        "an adapter of narrower layers",
+        "an adapter that learns on at another rank",
+        "an adapter that learns on with another α",
+        "an adapter that learns on elsewhere",
+    },
+    "Judges": {
+        "it raises",
+        "its coroutine raises",
+        "it leaves the program",
+        "it hangs",
+        "NaN",
+        "10³⁰⁸",
+        "a score too few",
+        "a word",
+        "None",
+        "a matrix",
+    },
+    "Faults and events": {"a model of another shape"},
+}
+"""What nobody can know before weights are read: what they hold, and what a judge says of an answer."""
+
+
+def test_weights_are_read_only_where_nothing_else_could_tell(rows: list[Row]) -> None:
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if row.opened:
+            found.setdefault(row.mistake.group, set()).add(row.mistake.what)
+    assert found == ONLY_OPEN
+
+
 def test_nothing_is_told_slowly(rows: list[Row]) -> None:
     slow = {row.done: row.seen.seconds for row in rows if row.seen.seconds > 5}
     assert slow == {}

@@ -155,6 +155,8 @@ TEMPLATES = {
     "refusing": "{{ raise_exception('no chat\nplease') }}",
     "failing": "{{ 1 + 'a' }}",
     "endless": "{% for m in messages %}{{ m.role + m.content }}{% endfor %}",
+    "looping": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "growing": "{{ 'x' * 10 ** 9 }}",
 }
 
 

@@ -6,17 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast
 
 from bridle.cli.main import main
-from bridle.errors import ConfigError, DataError, ModelError
+from bridle.errors import ConfigError, DataError, ModelError, RunError
 from bridle.jobs.config import from_dict, to_dict
 from bridle.jobs.session import RunSettings
 from bridle.jobs.sft import EvaluationSettings, SFTConfig, run
 from bridle.language.data import DataSettings
+from bridle.language.data.readers import _hub_dataset
 from bridle.language.models import ModelSettings, save_model
 from bridle.language.sampler import SamplingSettings
 from bridle.learn.optim import OptimSettings
@@ -126,6 +128,27 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, 
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     moved = load_file(whole / "policy/model.safetensors")["lm_head.weight"]
     assert not torch.equal(moved, load_file(whole / "checkpoints/step-4/policy/model.safetensors")["lm_head.weight"])
+
+
+def test_a_hub_dataset_that_has_changed_is_not_gone_on_with(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [dict(row) for row in SUMS]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    _hub_dataset.cache_clear()
+    settings = config(tmp_path / "run", base, "owner/name", epochs=1)
+    run(settings)
+    forget_after(tmp_path / "run", 2)
+    _hub_dataset.cache_clear()  # as a new process
+    rows[3]["answer"] = "7"
+    monkeypatch.setattr("bridle.jobs.sft.load_causal_lm", None)  # it is told before weights are read
+    with pytest.raises(RunError, match=r"^data\.path: the content of owner/name train is \w{12}… and was \w{12}… when"):
+        run(settings, resume=True)
+    _hub_dataset.cache_clear()
+    rows[3]["answer"] = SUMS[3]["answer"]
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    run(settings, resume=True)
 
 
 def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, base: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import gzip
 import json
 import os
@@ -32,7 +34,7 @@ from bridle.language.data import (
     read_rankings,
     read_rows,
 )
-from bridle.language.data.readers import _hub_rows
+from bridle.language.data.readers import _hub_dataset, _hub_rows, hub_digest
 
 from .test_chat import ASKED, TALK, chat_tokenizer, stop
 from .tiny import byte_tokenizer
@@ -405,3 +407,56 @@ def test_a_pipe_is_no_file_of_records(tmp_path: Path) -> None:
         read_demonstrations(DataSettings(path=str(tmp_path / "pipe.jsonl")))
     with pytest.raises(DataError, match=r"\.\.\. cannot be reached: File name too long"):
         read_demonstrations(DataSettings(path="x" * 300 + ".jsonl"))
+
+
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, object]]) -> DataSettings:
+    """A dataset of the hub, as the library gives it: here made of rows in memory."""
+    import datasets
+
+    asked: list[object] = []
+
+    def load(name: str, subset: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, subset, split))
+        if name != "owner/name":
+            raise ValueError("no such dataset")
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    _hub_dataset.cache_clear()
+    return DataSettings(path="owner/name", subset="small", split="test")
+
+
+def test_a_hub_dataset_is_known_by_the_rows_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": "é", "image": b"\x00\xff", "day": datetime.date(2026, 1, 2), "turns": [{"role": "user"}], "n": None},
+        {"prompt": "b", "image": b"", "day": None, "turns": [], "n": 0.1},
+    ]
+    was = hub_digest(hub(tmp_path, monkeypatch, rows))
+    assert was is not None
+    assert hub_digest(hub(tmp_path, monkeypatch, [dict(reversed(row.items())) for row in rows])) == was
+    for changed in (
+        [rows[0]],
+        [rows[1], rows[0]],
+        [rows[0] | {"image": b"\x00\xfe"}, rows[1]],
+        [rows[0], rows[1] | {"n": 0.2}],
+        [{**row, "more": 1} for row in rows],
+    ):
+        assert hub_digest(hub(tmp_path, monkeypatch, changed)) != was
+    first = hub(tmp_path, monkeypatch, rows)
+    one = hub_digest(dataclasses.replace(first, limit=1))
+    assert one == hub_digest(dataclasses.replace(hub(tmp_path, monkeypatch, rows[:1]), limit=7))
+
+
+def test_what_is_read_of_a_hub_dataset_is_what_was_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = hub(tmp_path, monkeypatch, [{"prompt": "a"}])
+    hub_digest(settings)
+    monkeypatch.setattr("datasets.load_dataset", None)  # the hub has moved on, or is gone
+    assert [row.values["prompt"] for row in read_rows(settings)] == ["a"]
+
+
+def test_a_file_is_no_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    assert hub_digest(settings(tmp_path / "a.jsonl")) is None
+    assert hub_digest(settings(tmp_path / "gone.jsonl")) is None
+    with pytest.raises(DataError, match="nobody/nothing is neither a file nor a dataset that can be had"):
+        hub_digest(dataclasses.replace(hub(tmp_path, monkeypatch, []), path="nobody/nothing"))

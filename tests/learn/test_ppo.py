@@ -193,7 +193,7 @@ def test_warm_up_moves_the_critic_alone() -> None:
             step=0,
             kl_coefficient=1.0,
             critic_only=True,
-            extra_loss=lambda _: table.logits.sum(),
+            extra_loss=lambda *_: [table.logits.sum()],
         )
     )
     assert torch.equal(table.logits.detach(), before)
@@ -207,11 +207,12 @@ def test_extra_loss_is_added_to_every_step() -> None:
     asked: list[int] = []
     said: list[float] = []
 
-    def likelihood(taken: int) -> torch.Tensor:
+    def likelihood(taken: int, tokens: int | None) -> Iterator[torch.Tensor]:
         asked.append(taken)
-        loss = -torch.log_softmax(table.logits, 0)[1]
-        said.append(float(loss.detach()))
-        return loss
+        for share in (0.25, 0.75):  # it comes in parts
+            loss = -share * torch.log_softmax(table.logits, 0)[1]
+            said.append(float(loss.detach()))
+            yield loss
 
     steps = list(
         ppo.update(
@@ -236,7 +237,7 @@ def test_extra_loss_is_added_to_every_step() -> None:
                 PPOSettings(),
                 seed=0,
                 step=0,
-                extra_loss=lambda _: table.logits.sum() * float("nan"),
+                extra_loss=lambda *_: [table.logits.sum() * float("nan")],
             )
         )
 

@@ -34,25 +34,21 @@ from bridle.control.policy import Sequences, Transitions
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import BoxActions
-from bridle.errors import ConfigError, NonFiniteStep, NonFiniteWorld, RunError, SamplerMismatch
+from bridle.errors import ConfigError, NonFiniteStep, NonFiniteWorld, RunError
 from bridle.jobs.config import from_dict, require_sane, to_dict
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence
-from bridle.jobs.learner import Learner
+from bridle.jobs.learner import Learner, check_gap
 from bridle.jobs.presets import KINDS, PRESETS, merged
-from bridle.jobs.session import RunSettings, Session, open_session
+from bridle.jobs.session import RunSettings, Session, hold_place
 from bridle.jobs.sources import of_world
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
-from bridle.learn.record import UpdateStep
 from bridle.learn.trpo import TRPOSettings
 from bridle.runs.files import load_tensors, save_tensors
 
 __all__ = ["ControlConfig", "default_config", "kind_of", "run", "train"]
-
-GAP_BOUND = 1e-2
-"""A larger mean |first trainer forward − sampler log-probability| (float32, nats) ends the run: they are not one policy."""
 
 _APART = 'False with algorithm "trpo", which moves the actor apart from the critic'
 
@@ -195,6 +191,8 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
     """
     given = config.env if world is None else world
     with ExitStack() as stack:
+        known = config if world is None else None  # of a world of the user's own, what it says of itself
+        place = stack.enter_context(hold_place("control", config.run, config=known, resume=resume, force=force))
         acted = stack.enter_context(closing(make_world(given, config.world)))
         if not isinstance(given, str):
             config = replace(config, env=acted.name, world=replace(config.world, num_envs=acted.num_envs))
@@ -203,7 +201,7 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
             raise ConfigError.of("network.shared_trunk", config.network.shared_trunk, _APART, "images share by default")
         policy = build_policy(acted.observations, acted.actions, config.network, seed=config.run.seed)
         sources = of_world(given, config.world, config.network.factory)
-        with open_session("control", config, config.run, sources=sources, resume=resume, force=force) as session:
+        with place.session(config, sources) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
             if isinstance(acted.actions, BoxActions):
                 session.leave_out("entropy_collapse")  # a density's entropy has no floor
@@ -249,7 +247,7 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
                 with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused
                     enough = not rollout.lost.any() or _enough(config, rollout)
                     updates = list(learner.update(ready(), seed=seed, step=step, **again)) if enough else []
-                _check_gap(updates)
+                check_gap(updates)
             except NonFiniteStep as fault:
                 contain(session, step, fault, config, _kept(config, learner, fault))
                 updates = []
@@ -387,15 +385,6 @@ def _judge(
             learner.keep_if_best(score.mean, session, step=step)
             session.say(f"{when} after {learner.progress.actions} actions: {score}")
     return metrics
-
-
-def _check_gap(updates: list[UpdateStep]) -> None:
-    gap = updates[0].gap if updates else None
-    if gap is not None and float(gap.mean) > GAP_BOUND:
-        raise SamplerMismatch(
-            f"the trainer's first forward differs from the sampler's log-probabilities by {float(gap.mean):.2g} nats "
-            f"on average (at most {GAP_BOUND} is expected); is the policy stochastic outside its distribution (dropout)?"
-        )
 
 
 def default_config(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
@@ -96,6 +97,8 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> Path:
     """Judge the target, print a table, and return the path of what was judged."""
     if resume:
         raise RunError("an evaluation is not resumed; run it again")
+    if config.output is not None:
+        require_room_for(config.output, "output")
     folder = Path(config.target)
     if os.path.isfile(folder / "config.json") and (folder / "checkpoints").is_dir():  # no error for a name too long
         found = Run.open(folder)
@@ -118,6 +121,16 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> Path:
             "`bridle runs` lists the runs there are"
         )
     return _language(config, config.target, None)
+
+
+def require_room_for(path: Path, setting: str) -> None:
+    """Refuse a file that could not be written when all is done; nothing is left behind."""
+    try:
+        with TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        expected = f"a file that can be written ({error.strerror})"
+        raise ConfigError.of(setting, str(path), expected) from None
 
 
 def newest_policy(run: Run) -> Path:
@@ -145,6 +158,8 @@ def _settings(config: EvaluateConfig, policy: str, trained: PPOConfig | None) ->
     from bridle.jobs.session import RunSettings
     from bridle.language.data import DataSettings
     from bridle.language.models import ModelSettings
+    from bridle.language.prompts import MixSettings
+    from bridle.language.roles import CriticSettings
     from bridle.language.scorers import RewardSettings
 
     judges = trained.reward if trained is not None else None
@@ -167,6 +182,8 @@ def _settings(config: EvaluateConfig, policy: str, trained: PPOConfig | None) ->
         run=replace(trained.run, seed=trained.run.seed if config.seed is None else config.seed),
         model=trained.model if config.reference is None else replace(trained.model, path=config.reference),
         reward=judges,
+        critic=CriticSettings(source="trunk"),  # nothing is learnt: the smallest, and no demonstrations
+        mix=MixSettings(),
         sampling=replace(
             sampling,
             max_new_tokens=sampling.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens,
@@ -184,24 +201,29 @@ def _assess_both(config: EvaluateConfig, policy: str, settings: PPOConfig) -> tu
     """Let the reference and the target answer the same prompts with the same draws."""
     import torch
 
-    from bridle.jobs.ppo import open_prompts
+    from bridle.jobs.asked import read_asked
+    from bridle.language.descriptions import describe_causal_lm
     from bridle.language.evaluate import WithGold, assess
-    from bridle.language.roles import CriticSettings, open_roles
-    from bridle.language.scorers import build_scorer, gold_scorers
+    from bridle.language.models import ModelSettings
+    from bridle.language.roles import open_roles
+    from bridle.language.scorers import build_scorer
+    from bridle.learn.memory import MicroBudget, RowBudget
 
     device = resolve_device(config.device)
+    asked = read_asked(settings)
+    describe_causal_lm(ModelSettings(path=policy))
     roles = open_roles(
         settings.model,
-        CriticSettings(source="trunk"),
+        settings.critic,
         None,
         temperature=settings.sampling.temperature,
         device=device,
         compute_dtype=torch.float32,
         sampler=settings.sampler,
     )
-    scorer = build_scorer(settings.reward, roles.tokenizer, device=device)
-    judges = WithGold(scorer, gold_scorers(settings.evaluation.gold))
-    _, held_out, _ = open_prompts(settings, roles)
+    asked.described.require_like(roles.policy.actor.model, roles.tokenizer)
+    scorer = build_scorer(settings.reward, roles.tokenizer, functions=asked.functions, device=device)
+    judges = WithGold(scorer, asked.functions.gold)
     sampling = config.cut(settings.sampling)
     found = []
     for weights in (None, policy):
@@ -214,10 +236,11 @@ def _assess_both(config: EvaluateConfig, policy: str, settings: PPOConfig) -> tu
                 roles.sampler,
                 judges,
                 lambda ids: str(roles.tokenizer.decode(ids, skip_special_tokens=True)),
-                held_out,
+                asked.held_out,
                 sampling,
                 seed=settings.run.seed,
-                micro_batch_tokens=settings.ppo.micro_batch_tokens,
+                budget=MicroBudget(settings.ppo.micro_batch_tokens),
+                rows=RowBudget(sampling.rows),
                 answers_per_prompt=settings.answers_per_prompt if settings.reward.sees_groups else 1,
             )
         )
@@ -247,6 +270,9 @@ def _print_language(before: Assessment, after: Assessment, *, same: bool) -> Non
 
 def _finish(config: EvaluateConfig, results: dict[str, Json]) -> Path:
     if config.output is not None:
-        save_json(config.output, results)
+        try:
+            save_json(config.output, results)
+        except OSError as error:
+            raise RunError(f"{config.output} cannot be written ({error.strerror}); free some space") from error
         return config.output
     return Path(config.target)

@@ -17,6 +17,7 @@ from bridle.control.policy import ControlPolicy
 from bridle.control.saved import Agent, save_policy
 from bridle.control.scaling import RewardScale, observed
 from bridle.core.moments import Moments
+from bridle.errors import SamplerMismatch
 from bridle.jobs.config import from_dict, to_dict
 from bridle.jobs.session import Session
 from bridle.learn import a2c, ppo, trpo
@@ -28,7 +29,11 @@ from bridle.runs.files import Json, load_json, load_tensors, save_json, save_ten
 if TYPE_CHECKING:
     from bridle.jobs.control import ControlConfig
 
-__all__ = ["Learner", "Progress"]
+__all__ = ["Learner", "Progress", "check_gap"]
+
+GAP_BOUND = 1e-2
+"""A larger mean |first trainer forward − sampler log-probability| (float32, nats) ends the run: they are not one policy."""
+
 
 RECENT = 100
 """How many finished episodes the moving average of returns covers."""
@@ -220,3 +225,13 @@ class Learner:
         moments = {"observations": self.moments, "rewards": None if self.scale is None else self.scale.moments}
         kept = {f"{of}/{name}": getattr(m, name) for of, m in moments.items() if m is not None for name in _MOMENTS}
         return kept if self.scale is None else kept | {"rewards/running": self.scale.running}
+
+
+def check_gap(updates: list[UpdateStep]) -> None:
+    """Refuse to go on where sampler and trainer are not one policy; raises :class:`SamplerMismatch`."""
+    gap = updates[0].gap if updates else None
+    if gap is not None and float(gap.mean) > GAP_BOUND:
+        raise SamplerMismatch(
+            f"the trainer's first forward differs from the sampler's log-probabilities by {float(gap.mean):.2g} nats "
+            f"on average (at most {GAP_BOUND} is expected); is the policy stochastic outside its distribution (dropout)?"
+        )

@@ -54,17 +54,20 @@ def judge_run(config: EvaluateConfig, found: Run) -> dict[str, Json]:
     folder = policy_folder(found, config.checkpoint)
     if config.video is not None:
         from bridle.control.film import check_film
+        from bridle.jobs.evaluate import require_room_for
 
         check_film(config.video)
-    own = None if trained.network.factory is None else partial(build_policy, settings=trained.network, seed=0)
-    agent = load_policy(folder, build=own)
-    agent.policy.to(resolve_device(config.device))
+        require_room_for(config.video, "video")
+    device = resolve_device(config.device)
     seed = trained.run.seed if config.seed is None else config.seed
     rows: dict[str, Json] = {}
     table = Table(
         "actions", "mean return", "95 % interval", "deviation", "length", "episodes", box=None, pad_edge=False
     )
     with closing(make_world(trained.env, trained.world)) as world:
+        own = None if trained.network.factory is None else partial(build_policy, settings=trained.network, seed=0)
+        agent = load_policy(folder, build=own)
+        agent.policy.to(device)
         for name in ("deterministic", "sampled"):
             if config.actions not in (name, "both"):
                 continue

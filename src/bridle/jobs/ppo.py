@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bridle.errors import ConfigError, DataError, NonFiniteLogits, NonFiniteStep, ScorerError
+from bridle.errors import ConfigError, NonFiniteLogits, NonFiniteStep, ScorerError
 from bridle.jobs.accounts import Accounts, TimedScorer
+from bridle.jobs.asked import data_of, read_asked
 from bridle.jobs.carried import State, restore, save
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence, skipped
 from bridle.jobs.judging import tell_mishaps
-from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
+from bridle.jobs.session import RunSettings, Session, hold_place, resolve_device
 from bridle.jobs.sources import of_data, of_functions, of_model, packages_of
 from bridle.language.account import resident_memory
 from bridle.language.adapters import LoraSettings
@@ -27,7 +28,7 @@ from bridle.language.evidence import segments_to, unsampled
 from bridle.language.memory import MemoryEstimate, estimate_memory, require_memory
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
-from bridle.language.prompts import DemonstrationMix, MixSettings, load_mix, load_prompts
+from bridle.language.prompts import DemonstrationMix, MixSettings
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.sampler import SamplingSettings
@@ -39,14 +40,12 @@ from bridle.language.scorers import (
     Scorer,
     WeightedSum,
     build_scorer,
-    gold_scorers,
-    require_room,
 )
 from bridle.language.segments import Segments
 from bridle.language.shaping import KLSettings, ShapingSettings
 from bridle.learn import ppo
 from bridle.learn.advantages import AdvantageSettings
-from bridle.learn.memory import MicroBudget, within_memory
+from bridle.learn.memory import MicroBudget, RowBudget, within_memory
 from bridle.learn.optim import Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep, summarise
@@ -54,7 +53,7 @@ from bridle.learn.state import learnt_state
 from bridle.runs.checkpoints import save_tensors
 from bridle.runs.depends import Sources
 
-__all__ = ["EvaluationSettings", "PPOConfig", "open_prompts", "run"]
+__all__ = ["EvaluationSettings", "PPOConfig", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,23 +156,27 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
         UserError: a model, a file, a judge or a combination of settings cannot serve; nothing was written.
         TrainingError: a step is not finite, or sampler and trainer disagree; the last checkpoint stays.
     """
-    world = _open(config)
-    groups, masters = world.roles.groups(config.actor, config.critic_optim), world.roles.masters
-    optimiser = Optimiser(groups, total_steps=config.steps, masters=masters)
-    with open_session("ppo", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
+    sources = partial(_sources, config)
+    with (
+        hold_place("ppo", config.run, config=config, sources=sources, resume=resume, force=force) as place,
+        nullcontext(_open(config)) as world,
+        place.session(config) as session,
+    ):
+        groups, masters = world.roles.groups(config.actor, config.critic_optim), world.roles.masters
+        optimiser = Optimiser(groups, total_steps=config.steps, masters=masters)
         state = restore(config.kl, world.roles, optimiser, session.checkpoint)
         for note in world.notes:
             session.say(note)
+        budget, rows = session.micro_budget(config.ppo.micro_batch_tokens), session.row_budget(config.sampling.rows)
         if session.start == 0:
-            _evaluate(config, world, session, 0)
-        budget = session.micro_budget(config.ppo.micro_batch_tokens)
+            _evaluate(config, world, session, 0, budget, rows)
         with session.progress(config.steps, "ppo", start=session.start) as progress:
             for step in session.steps(config.steps):
                 account, critic_only = world.accounts.step(world.scorer), step <= config.critic.warmup_steps
                 optimiser.schedule(step - 1)
                 try:
                     try:
-                        episodes = account.lap("collect", _collect(config, world, session.seed, step))
+                        episodes = account.lap("collect", _collect(config, world, session.seed, step, rows))
                     finally:
                         judged = tell_mishaps(world.mishaps, session, step)
                     prepared = account.lap("prepare", _prepare(config, world, state, episodes, budget))
@@ -191,9 +194,9 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                     session.run.timing(step, **account.row(prepared, updates, critic_only=critic_only))
                     progress.advance(**_shown(metrics))
                     state = state.after(prepared, metrics["exact_kl"], len(episodes))
-                session.tell_memory(step, budget)
+                session.tell_memory(step, budget, rows)
                 if step % config.evaluation.every == 0 or step == config.steps:
-                    _evaluate(config, world, session, step)
+                    _evaluate(config, world, session, step, budget, rows)
                 session.end_step(step, last=config.steps, save=partial(save, world.roles, optimiser, state))
         with session.run.export("policy") as folder:
             world.roles.save_policy(folder)
@@ -225,23 +228,18 @@ def _sources(config: PPOConfig) -> Sources:
     files = of_model("model", config.model)
     for setting, folder in (("reward.model", judge), ("critic.reward_model", critic)):
         files |= {} if folder is None else of_model(setting, ModelSettings(path=folder))
-    for setting, path in (
-        ("prompts", config.prompts.path),
-        ("evaluation", config.evaluation.path),
-        ("mix", config.mix.path),
-    ):
-        files |= of_data(f"{setting}.path", path)
     judges = {"functions": config.reward.functions, "groups": config.reward.groups, "rankings": config.reward.rankings}
     for setting, names in judges.items():
         files |= of_functions(f"reward.{setting}", names)
-    return Sources(
-        packages=packages_of(config.lora), files=files | of_functions("evaluation.gold", config.evaluation.gold)
-    )
+    files |= of_functions("evaluation.gold", config.evaluation.gold)
+    return replace(of_data(data_of(config)), packages=packages_of(config.lora)).with_files(files)
 
 
 def _open(config: PPOConfig) -> _World:
+    """Read all that can be wrong, and only then the weights."""
     before = resident_memory()
     device = resolve_device(config.run.device)
+    asked = read_asked(config)
     roles = open_roles(
         config.model,
         config.critic,
@@ -255,13 +253,9 @@ def _open(config: PPOConfig) -> _World:
         lora=config.lora,
         seed=config.run.seed,
     )
-    scorer = build_scorer(config.reward, roles.tokenizer, device=device, base=roles.base)
-    gold = gold_scorers(config.evaluation.gold, config.reward.judging, scorer.mishaps)
-    prompts, held_out, notes = open_prompts(config, roles)
-    longest = max(len(prompt.ids) for prompt in (*prompts, *held_out)) + config.sampling.max_new_tokens
-    require_room(scorer, longest)
-    mix = load_mix(config.mix, roles)
-    memory = _memory(config, roles, scorer, longest)
+    asked.described.require_like(roles.policy.actor.model, roles.tokenizer)
+    scorer = build_scorer(config.reward, roles.tokenizer, functions=asked.functions, device=device, base=roles.base)
+    memory = _memory(config, roles, scorer, asked.longest)
     require_memory(memory, device)
     warnings = tuple(note for note in (roles.policy.actor.warning, roles.warning) if note is not None)
     return _World(
@@ -269,15 +263,15 @@ def _open(config: PPOConfig) -> _World:
         accounts=Accounts(roles, compute_dtype=roles.policy.compute_dtype, before=before),
         mishaps=scorer.mishaps,
         scorer=TimedScorer(scorer),
-        held_out_scorer=WithGold(scorer, gold),
-        prompts=prompts,
-        held_out=held_out,
-        mix=mix,
+        held_out_scorer=WithGold(scorer, asked.functions.gold),
+        prompts=asked.prompts,
+        held_out=asked.held_out,
+        mix=asked.mix,
         decode=lambda ids: str(roles.tokenizer.decode(ids, skip_special_tokens=True)),
         notes=(
             *tokenizer_notes(roles.tokenizer),
-            *notes,
-            *(() if mix is None else mix.notes),
+            *asked.notes,
+            *(() if asked.mix is None else asked.mix.notes),
             *warnings,
             memory.sentence(),
         ),
@@ -300,30 +294,7 @@ def _memory(config: PPOConfig, roles: Roles, scorer: WeightedSum, longest: int) 
     )
 
 
-def open_prompts(config: PPOConfig, roles: Roles) -> tuple[list[PromptTokens], list[PromptTokens], tuple[str, ...]]:
-    """Read the prompts to learn from, the held-out ones, and notes on what was left out."""
-    prompts, notes = load_prompts(config.prompts, roles, config.sampling.max_new_tokens)
-    kept = config.evaluation.held_out
-    if config.evaluation.path is not None:
-        where = replace(config.prompts, path=config.evaluation.path, limit=kept)
-        held_out, more = load_prompts(where, roles, config.sampling.max_new_tokens)
-        return prompts, held_out, notes + more
-    if len(prompts) <= kept:
-        expected = f"fewer than the {len(prompts)} prompts of {config.prompts.path}"
-        remedy = "set evaluation.path, or a smaller evaluation.held_out"
-        raise ConfigError.of("evaluation.held_out", kept, expected, remedy)
-    held_out = prompts[-kept:]
-    apart = {tuple(prompt.ids.tolist()) for prompt in held_out}
-    training = [prompt for prompt in prompts[:-kept] if tuple(prompt.ids.tolist()) not in apart]
-    if not training:
-        raise DataError(f"{config.prompts.path}: no prompt is left to learn from that is not also held out; add others")
-    same = len(prompts) - kept - len(training)
-    if same:
-        notes += (f"{config.prompts.path}: {same} prompts are also held out, so they are not learnt from",)
-    return training, held_out, notes
-
-
-def _collect(config: PPOConfig, world: _World, seed: int, step: int) -> list[Episode]:
+def _collect(config: PPOConfig, world: _World, seed: int, step: int, rows: RowBudget) -> list[Episode]:
     chosen = prompts_of_step(len(world.prompts), config.prompts_per_step, seed=seed, step=step - 1)
     prompts = [world.prompts[i] for i in chosen]
     try:
@@ -337,6 +308,7 @@ def _collect(config: PPOConfig, world: _World, seed: int, step: int) -> list[Epi
             seed=seed,
             stream="rollout",
             step=step,
+            rows=rows,
         )
     except NonFiniteLogits as error:
         raise unsampled([prompt.ids for prompt in prompts]) from error
@@ -410,7 +382,9 @@ def _kept(world: _World, fault: NonFiniteStep) -> Kept:
     )
 
 
-def _evaluate(config: PPOConfig, world: _World, session: Session, step: int) -> None:
+def _evaluate(
+    config: PPOConfig, world: _World, session: Session, step: int, budget: MicroBudget, rows: RowBudget
+) -> None:
     """Answer the held-out prompts and keep answers and means."""
     try:
         found = assess(
@@ -422,11 +396,13 @@ def _evaluate(config: PPOConfig, world: _World, session: Session, step: int) -> 
             world.held_out,
             config.sampling,
             seed=session.seed,
-            micro_batch_tokens=config.ppo.micro_batch_tokens,
+            budget=budget,
+            rows=rows,
             answers_per_prompt=config.answers_per_prompt if config.reward.sees_groups else 1,
         )
     finally:
         tell_mishaps(world.mishaps, session, step)
+    session.tell_memory(step, budget, rows)
     metrics = found.metrics()
     session.record(step, {f"evaluation/{name}": value for name, value in metrics.items()})
     session.run.samples(step, found.rows(), name="evaluation")

@@ -151,17 +151,18 @@ def run(config: QuickstartConfig, *, resume: bool = False, force: bool = False) 
     root, scale = config.run.dir, config.scale
     began = time.perf_counter()
     known, unknown = orders(config.run.seed, scale.held_out)
+    stages = sft_config(config), reward_config(config), ppo_config(config)  # what cannot work is told before the first
     with open_session("quickstart", config, config.run, resume=resume, force=force) as session:
         session.record(0, {"stages": len(STAGES)})
         session.say(f"1/4 a kitchen: {scale.demonstrations} demonstrations, {scale.prompts} prompts, a fresh model")
         _timed(session, 1, lambda: _write_world(config, session, known, unknown))
         session.say("2/4 supervised fine-tuning on the demonstrations, mistakes and all")
-        _timed(session, 2, lambda: _stage(sft.run, sft_config(config), root, force=force))
+        _timed(session, 2, lambda: _stage(sft.run, stages[0], root, force=force))
         session.say(f"3/4 a reward model from {rows.RANKED} ranked answers to each of {scale.ranked_prompts} prompts")
         _timed(session, 3, lambda: _write_rankings(config, session, known))
-        _timed(session, 4, lambda: _stage(reward.run, reward_config(config), root, force=force))
+        _timed(session, 4, lambda: _stage(reward.run, stages[1], root, force=force))
         session.say("4/4 PPO against the reward model, with a critic, GAE and a KL leash")
-        _timed(session, 5, lambda: _stage(ppo.run, ppo_config(config), root, force=force))
+        _timed(session, 5, lambda: _stage(ppo.run, stages[2], root, force=force))
         outcome = Outcome(
             sft=_answered(root / "ppo", 0), ppo=_answered(root / "ppo", scale.ppo_steps), seed=session.seed
         )

@@ -52,10 +52,10 @@ def replay(folder: Path) -> list[str]:
         TrainingError: everything is finite here.
     """
     report = _report(folder)
-    tensors = load_tensors(folder / "batch.safetensors")
     job = str(report["job"])
     if job not in _CASES:
         raise RunError(f"{folder} is a fault of the job {job!r}, which this bridle cannot replay")
+    tensors = load_tensors(folder / "batch.safetensors")
     if report.get("world") is True:
         return [f"step {report['step']} of {job}: {report['what']} was not finite", *_of_world(report, tensors)]
     found = list(find(_CASES[job](folder, report, tensors)))
@@ -239,6 +239,7 @@ def _update(
 
 def _ppo(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
     from bridle.jobs.ppo import PPOConfig
+    from bridle.language.descriptions import describe_causal_lm
     from bridle.language.evidence import segments_from
     from bridle.language.prompts import load_mix
     from bridle.language.roles import open_roles
@@ -268,10 +269,14 @@ def _ppo(folder: Path, report: JsonObject, tensors: dict[str, Tensor]) -> Case:
         segments = segments_from(units)
         with policy.frozen_actor() if alone else nullcontext():
             _update(policy, segments, minibatch, objective, config.ppo.micro_batch_tokens)
-            mix = None if alone or objective is None else load_mix(config.mix, roles)
+            mix = (
+                None
+                if alone or objective is None
+                else load_mix(config.mix, describe_causal_lm(config.model, grow=config.lora.rank is None))
+            )
             if mix is not None:
                 step, taken = cast("int", report["step"]), cast("int", report["taken"])
-                extra = mix.of_step(policy, seed=config.run.seed, step=step)(taken)
+                extra = mix.of_step(policy, seed=config.run.seed, step=step)(taken, config.ppo.micro_batch_tokens)
                 add_loss(extra, torch.arange(len(segments)))
 
     return Case(model=policy, units=units, others=others, compute=compute)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,25 +13,25 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
-from bridle.errors import ConfigError, DataError, NonFiniteStep
+from bridle.errors import ConfigError, NonFiniteStep
 from bridle.jobs.config import to_dict
 from bridle.jobs.faults import Kept, contain, skipped
-from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
+from bridle.jobs.phases import Phase, plan
+from bridle.jobs.session import RunSettings, Session, hold_place, resolve_device
 from bridle.jobs.sources import of_data, of_model, packages_of
 from bridle.language.adapters import Adapted, LoraSettings, open_adapted
 from bridle.language.comparisons import Comparison, encode_comparisons
-from bridle.language.data import DataSettings, Encoder, read_preferences, read_rankings
+from bridle.language.data import DataSettings, read_preferences, read_rankings
+from bridle.language.descriptions import Description, describe_reward_model
 from bridle.language.evidence import comparisons_to
 from bridle.language.models import (
     ModelSettings,
-    context_length,
     disable_dropout,
     load_reward_model,
     save_model,
-    stop_ids,
     tokenizer_notes,
 )
-from bridle.language.reward_evaluation import Quality, folds, held_out, judge_quality, length_rule
+from bridle.language.reward_evaluation import Quality, judge_quality, length_rule
 from bridle.language.reward_model import (
     LossSettings,
     batch_of_step,
@@ -42,7 +43,7 @@ from bridle.language.reward_model import (
 )
 from bridle.language.shadow import masters_of
 from bridle.learn.masters import Masters
-from bridle.learn.memory import MicroBudget
+from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state, load_learnt
 from bridle.runs.checkpoints import load_json, load_tensors, save_json, save_tensors
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["EvaluationSettings", "RewardConfig", "open_model", "run"]
+
+SCORED_AT_ONCE = 16_384
+"""Tokens of a forward pass that only scores, at most."""
 
 Metric = float | int | str | bool | None
 
@@ -134,65 +138,6 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """One training from the start: a fold's, or the final one."""
-
-    name: str
-    """What the metrics call it."""
-    training: tuple[int, ...]
-    """Positions of the comparisons that it learns from."""
-    held_out: tuple[int, ...]
-    """Positions of those that it is tried on."""
-    first: int
-    """[step] the run's step of its first optimiser step, from 1."""
-    steps: int
-    """How many optimiser steps it takes."""
-
-    @property
-    def last(self) -> int:
-        """[step] the run's step of its last optimiser step."""
-        return self.first + self.steps - 1
-
-
-def plan(config: RewardConfig, groups: Sequence[int], apart: Sequence[int]) -> list[Phase]:
-    """Lay the trainings out one after the other: each fold's, then the final model's.
-
-    ``groups`` numbers the prompts of the data's comparisons; ``apart`` are the positions of those of a file of their own.
-    """
-    everything = list(range(len(groups)))
-    seed, evaluation = config.run.seed, config.evaluation
-    if evaluation.folds is not None and evaluation.folds > len(set(groups)):
-        expected = f"at most the {len(set(groups))} prompts of {config.data.path}"
-        raise ConfigError.of("evaluation.folds", evaluation.folds, expected)
-    if evaluation.folds is not None:
-        named = [(f"fold-{k}", *cut) for k, cut in enumerate(folds(groups, evaluation.folds, seed=seed))]
-        named.append(("final", everything, []))
-    elif apart:
-        named = [("final", everything, list(apart))]
-    else:
-        named = [("final", *held_out(groups, evaluation.share, seed=seed))]
-    phases: list[Phase] = []
-    for name, training, away in named:
-        untried = name == "final" and evaluation.folds is not None
-        if not training or (len(away) < 2 and not untried):
-            raise DataError(
-                f"{config.data.path}: too few prompts ({len(set(groups))}) to train on some and hold others out; "
-                + ("lower evaluation.folds" if evaluation.folds else "raise evaluation.share or set evaluation.path")
-                + ", or give more"
-            )
-        phases.append(
-            Phase(
-                name=name,
-                training=tuple(training),
-                held_out=tuple(away),
-                first=phases[-1].last + 1 if phases else 1,
-                steps=config.epochs * steps_per_epoch(len(training), config.batch_size),
-            )
-        )
-    return phases
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Learner:
     """The model of one phase and its optimiser."""
 
@@ -263,9 +208,13 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
     ``RUN/reward`` opens with ``AutoModelForSequenceClassification``; ``RUN/evaluation.json`` says what the held-out
     comparisons say of it, ``RUN/samples/held-out-N.jsonl`` how each of them was scored.
     """
-    world = _open(config)
-    total = world.phases[-1].last
-    with open_session("reward", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
+    sources = partial(_sources, config)
+    with (
+        hold_place("reward", config.run, config=config, sources=sources, resume=resume, force=force) as place,
+        nullcontext(_open(config)) as world,
+        place.session(config) as session,
+    ):
+        total = world.phases[-1].last
         learner, scores = _restore(world, session)
         for note in world.notes:
             session.say(note)
@@ -276,37 +225,51 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
                 if step == phase.first and phase is not world.phases[0]:
                     learner = Learner.of(config, open_model(config, session.device), phase.steps)
                 metrics = _train(world, learner, phase, step, session, budget)
-                session.tell_memory(step, budget)
                 if phase.held_out and _is_due(config, phase, step):
-                    own = _judge(world, learner, phase.held_out, session)
+                    own = _judge(world, learner, phase.held_out, session, budget)
                     metrics |= _flat(_quality(world, own, [phase]))
                     scores |= own if step == phase.last else {}
+                session.tell_memory(step, budget)
                 session.record(step, metrics)
                 progress.advance(**_shown(metrics))
                 session.end_step(step, last=total, save=partial(_save, learner, scores))
-        _finish(world, learner, scores, session)
+        _finish(world, learner, scores, session, budget)
     return config.run.dir
 
 
 def _sources(config: RewardConfig) -> Sources:
-    files = of_model("model", config.model) | of_data("data.path", config.data.path)
-    return Sources(packages=packages_of(config.lora), files=files | of_data("evaluation.path", config.evaluation.path))
+    data = {"data.path": config.data}
+    if config.evaluation.path is not None:
+        data["evaluation.path"] = _held_out_data(config, config.evaluation.path)
+    found = dataclasses.replace(of_data(data), packages=packages_of(config.lora))
+    return found.with_files(of_model("model", config.model))
+
+
+def _held_out_data(config: RewardConfig, path: str) -> DataSettings:
+    return dataclasses.replace(config.data, path=path, limit=None)
 
 
 def _open(config: RewardConfig) -> World:
-    opened = open_model(config, resolve_device(config.run.device))
-    model, tokenizer = opened.model, opened.tokenizer
-    encoder = Encoder.of(tokenizer, stop_ids(model, tokenizer))
-    context = context_length(model.config)
-    if config.max_tokens is not None and context is not None and config.max_tokens > context:
-        raise ConfigError.of("max_tokens", config.max_tokens, f"at most the model's context of {context} tokens")
-    limit = config.max_tokens or context
+    """Read all that can be wrong, and only then the weights."""
+    device = resolve_device(config.run.device)
+    described = describe_reward_model(config.model, grow=config.lora.rank is None)
+    comparisons, phases, notes = _read_all(config, described)
+    opened = open_model(config, device)
+    described.require_like(opened.model, opened.tokenizer)
+    first = Learner.of(config, opened, phases[0].steps)
+    notes = (*tokenizer_notes(opened.tokenizer), *notes)
+    return World(config=config, comparisons=comparisons, phases=phases, notes=notes, learner=first)
+
+
+def _read_all(config: RewardConfig, described: Description) -> tuple[list[Comparison], list[Phase], tuple[str, ...]]:
+    """Read and encode the comparisons and lay the trainings out, and say what was left out."""
+    encoder, limit = described.encoder, described.room(config.max_tokens)
     read = read_preferences if config.kind == "pairs" else read_rankings
     sources = [config.data]
     if config.evaluation.path is not None:
-        sources.append(dataclasses.replace(config.data, path=config.evaluation.path, limit=None))
+        sources.append(_held_out_data(config, config.evaluation.path))
     parts: list[list[Comparison]] = []
-    notes = tokenizer_notes(tokenizer)
+    notes: tuple[str, ...] = ()
     for source in sources:
         records = read(source)
         comparisons, said = encode_comparisons(records.items, encoder, context=limit, long=source.long)
@@ -314,8 +277,7 @@ def _open(config: RewardConfig) -> World:
         notes += (*records.notes, *said)
     everything = [comparison for part in parts for comparison in part]
     phases = plan(config, [c.group for c in parts[0]], range(len(parts[0]), len(everything)))
-    first = Learner.of(config, opened, phases[0].steps)
-    return World(config=config, comparisons=everything, phases=phases, notes=notes, learner=first)
+    return everything, phases, notes
 
 
 def open_model(config: RewardConfig, device: torch.device) -> Opened:
@@ -371,13 +333,24 @@ def _computing(session: Session) -> torch.autocast:
     return torch.autocast(session.device.type, dtype=session.dtype, enabled=session.dtype != torch.float32)
 
 
-def _judge(world: World, learner: Learner, positions: Sequence[int], session: Session) -> dict[int, list[float]]:
+def _judge(
+    world: World, learner: Learner, positions: Sequence[int], session: Session, budget: MicroBudget
+) -> dict[int, list[float]]:
     """Score the comparisons at ``positions``: position → [K], best answer first."""
     answers = [world.comparisons[p].answers for p in positions]
     with _computing(session):
-        flat = score_sequences(learner.model, [answer for row in answers for answer in row])
+        texts = [answer for row in answers for answer in row]
+        lengths = torch.tensor([len(text) for text in texts])
+        flat = within_memory(
+            budget, lengths, lambda tokens: score_sequences(learner.model, texts, micro_tokens=_for_scores(tokens))
+        )
     rows = torch.split(flat, [len(row) for row in answers])
     return {p: row.tolist() for p, row in zip(positions, rows, strict=True)}
+
+
+def _for_scores(tokens: int | None) -> int:
+    """Tokens of a forward pass that only scores: no more than it needs to be fast, whatever training may hold."""
+    return SCORED_AT_ONCE if tokens is None else min(tokens, SCORED_AT_ONCE)
 
 
 def _quality(world: World, scores: Mapping[int, list[float]], phases: Sequence[Phase]) -> Quality:
@@ -430,16 +403,25 @@ def _restore(world: World, session: Session) -> tuple[Learner, dict[int, list[fl
     return learner, {int(position): row for position, row in saved.items()}
 
 
-def _finish(world: World, learner: Learner, scores: dict[int, list[float]], session: Session) -> None:
+def _finish(
+    world: World, learner: Learner, scores: dict[int, list[float]], session: Session, budget: MicroBudget
+) -> None:
     """Normalise the final model, judge it, and write both out."""
     final = world.phases[-1]
     summary: dict[str, Json] = {}
     if world.config.normalise:
         answers = [answer for p in final.training for answer in world.comparisons[p].answers]
         with _computing(session):
-            summary["normalisation"] = to_dict(normalise_scores(learner.model, answers))
+            lengths = torch.tensor([len(answer) for answer in answers])
+            found = within_memory(
+                budget,
+                lengths,
+                lambda tokens: normalise_scores(learner.model, answers, micro_tokens=_for_scores(tokens)),
+            )
+            summary["normalisation"] = to_dict(found)
     if final.held_out:
-        scores |= _judge(world, learner, final.held_out, session)
+        scores |= _judge(world, learner, final.held_out, session, budget)
+    session.tell_memory(final.last, budget)
     tried = [phase for phase in world.phases if phase.held_out]
     quality = _quality(world, scores, tried)
     summary["quality"] = to_dict(quality)

@@ -15,114 +15,38 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from bridle.errors import ConfigError, RunError, UserError
+from bridle.errors import RunError, TrainingError, UserError
 from bridle.jobs.config import to_dict
 from bridle.jobs.progress import Progress, progress_on
-from bridle.learn.memory import MicroBudget
-from bridle.runs import Checkpoint, Run
-from bridle.runs.depends import Sources, differences, take_stock
+from bridle.jobs.settings import RunSettings, resolve_device
+from bridle.jobs.taking_up import changed_settings, changed_surroundings, newest_whole
+from bridle.learn.memory import MicroBudget, RowBudget
+from bridle.runs import Checkpoint, Reserved, Run, reserve
+from bridle.runs.depends import Sources, take_stock
 from bridle.runs.files import Json
 from bridle.runs.invariants import Watch
-from bridle.runs.trackers import TrackerName, open_trackers
+from bridle.runs.trackers import open_trackers, require_trackers
 
-__all__ = ["RunSettings", "Session", "Stopped", "open_session", "resolve_device"]
-
-_MAY_CHANGE = {
-    "run": (
-        *("dir", "trackers", "quiet", "checkpoint_every", "checkpoint_minutes"),
-        *("keep_checkpoints", "keep_every", "keep_best"),
-        *("on_fault", "fault_limit"),
-        *("device", "threads"),  # what they come to is compared, with the rest of the machine
-    ),
-    "world": ("on_death", "death_limit"),
-}
-"""Settings that change no number of a run that goes well, by their groups."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSettings:
-    """Where a run lies and what it runs on."""
-
-    dir: Path
-    """Directory of the run; must be new or empty."""
-    seed: int = 0
-    """≥ 0, the key of every random draw."""
-    device: Literal["cpu", "cuda", "auto"] = "cpu"
-    """Where the tensors live; auto takes CUDA where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward passes, and of the layers' weights; what is trained and saved is float32."""
-    threads: int | None = None
-    """1 to 1024, threads of one tensor operation; None leaves PyTorch's choice."""
-    checkpoint_every: int | None = None
-    """≥ 1 steps between checkpoints, besides those by the clock; None leaves it to the clock. The last step is always
-    saved. Saving changes nothing in a run, so this may differ in a resumed one."""
-    checkpoint_minutes: float = 8.0
-    """> 0 minutes after a checkpoint at which the next finished step is saved: with that step, what a crash can cost."""
-    keep_checkpoints: int = 2
-    """≥ 1, how many of the newest checkpoints stay."""
-    keep_every: int | None = None
-    """≥ 1 steps: checkpoints at its multiples stay too."""
-    keep_best: str | None = None
-    """Name of a metric: the checkpoint at whose step it was highest stays too; with a - before the name, lowest."""
-    trackers: tuple[TrackerName, ...] = ()
-    """Who gets a copy of the metrics besides metrics.jsonl."""
-    quiet: bool = False
-    """Print nothing while it works."""
-    on_fault: Literal["stop", "skip"] = "stop"
-    """What follows a loss, gradient, value or log-probability that is not finite, or such a reward or observation of an
-    environment. The step is not applied and its evidence is kept either way."""
-    fault_limit: int = 3
-    """≥ 0, steps in a row that may be skipped; the next one stops the run."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is out of range."""
-        for name in ("checkpoint_every", "keep_checkpoints", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError.of(f"run.{name}", value, "a whole number of at least 1")
-        if not self.checkpoint_minutes > 0:
-            raise ConfigError.of("run.checkpoint_minutes", self.checkpoint_minutes, "a number of minutes > 0")
-        if self.keep_best is not None and not self.keep_best.removeprefix("-"):
-            raise ConfigError.of(
-                "run.keep_best", self.keep_best, "the name of a metric", "evaluation/score, for instance"
-            )
-        if self.threads is not None and not 1 <= self.threads <= 1024:  # PyTorch dies of many more
-            raise ConfigError.of(
-                "run.threads", self.threads, "a whole number from 1 to 1024", "the number of cores is usual"
-            )
-        if self.fault_limit < 0:
-            raise ConfigError.of("run.fault_limit", self.fault_limit, "a number of steps >= 0")
-        if self.seed < 0:
-            raise ConfigError.of("run.seed", self.seed, "a whole number of at least 0")
+__all__ = ["Place", "RunSettings", "Session", "Stopped", "hold_place", "open_session", "resolve_device"]
 
 
 class Stopped(KeyboardInterrupt):
     """Asked to stop: the step was finished and saved, and the run can be resumed."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that a setting names; raises :class:`ConfigError` where there is no such one."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError.of("run.device", name, "a GPU that PyTorch can use", "pass --run.device cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product: deterministic only with it
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
 class Session:
@@ -200,6 +124,9 @@ class Session:
             if isinstance(error, UserError) and not self._resumed:
                 self.run.discard()
             self.run.close()
+        if isinstance(error, torch.OutOfMemoryError):  # where nothing is halved: a judge, a copy of the weights
+            text = " ".join(str(error).split(". ")[0].split())
+            raise TrainingError(f"out of memory: {text}; ask for less at once, or take a smaller model") from error
 
     def steps(self, last: int) -> range:
         """Steps still to do: from the one after the checkpoint to ``last``, counted from 1."""
@@ -234,18 +161,27 @@ class Session:
 
     def micro_budget(self, tokens: int | None) -> MicroBudget:
         """Return what a forward pass may hold: as set, or what an earlier life of the run was left with by its checkpoint."""
-        for event in self.run.events():
-            step, left = event.get("step"), event.get("tokens")
-            if event.get("kind") == "memory" and isinstance(step, int) and isinstance(left, int) and step <= self.start:
-                tokens = left
-        return MicroBudget(tokens)
+        return MicroBudget(self._left("tokens", tokens))
 
-    def tell_memory(self, step: int, budget: MicroBudget) -> None:
+    def row_budget(self, rows: int) -> RowBudget:
+        """The same of how many answers may be under way at once."""
+        return RowBudget(self._left("rows", rows) or rows)
+
+    def _left(self, name: str, value: int | None) -> int | None:
+        for event in self.run.events():
+            step, left = event.get("step"), event.get(name)
+            if event.get("kind") == "memory" and isinstance(step, int) and isinstance(left, int) and step <= self.start:
+                value = left
+        return value
+
+    def tell_memory(self, step: int, *budgets: MicroBudget | RowBudget) -> None:
         """Keep it as events where memory ran out, and say so."""
-        for text in budget.halvings:
-            self.run.event("memory", f"step {step}: {text}", step=step, tokens=budget.tokens)
-            self.say(f"step {step}: {text}")
-        budget.halvings.clear()
+        for budget in budgets:
+            left = {"tokens": budget.tokens} if isinstance(budget, MicroBudget) else {"rows": budget.rows}
+            for text in budget.halvings:
+                self.run.event("memory", f"step {step}: {text}", step=step, **left)
+                self.say(f"step {step}: {text}")
+            budget.halvings.clear()
 
     def leave_out(self, invariant: str) -> None:
         """Stop watching an invariant that makes no sense in this run."""
@@ -347,24 +283,136 @@ class _Console(Console):
         self.quiet = True
 
 
-def open_session(
+class Place:
+    """A run's directory, held while what the job reads is opened; make it with :func:`hold_place`."""
+
+    def __init__(
+        self,
+        job: str,
+        settings: RunSettings,
+        held: Reserved | Run,
+        *,
+        device: torch.device,
+        sources: Callable[[], Sources] | None,
+        force: bool,
+    ) -> None:
+        """Use :func:`hold_place`."""
+        self.device = device
+        """where the tensors will live."""
+        self._job = job
+        self._settings = settings
+        self._held: Reserved | Run | None = held
+        self._sources = sources
+        self._force = force
+        self._threads = settings.threads or torch.get_num_threads()
+        self._digests: dict[str, Json] = {}
+        self._newest: tuple[Checkpoint | None, list[str]] = (None, [])
+
+    def check(self, run: Run, config: Any | None) -> None:
+        """Refuse to take up a run, as far as can be told before anything else is opened."""
+        if run.job != self._job:
+            raise RunError(f"{run.path} is a run of {run.job}, not of {self._job}; use `bridle resume {run.path}`")
+        changed_surroundings(run, self._stock(), force=self._force, so_far=True)
+        if config is not None:
+            changed_settings(run, to_dict(config), force=self._force)
+        self._newest = newest_whole(run, force=self._force)
+
+    def session(self, config: Any, sources: Sources | None = None) -> Session:
+        """Begin, now that everything is open: write config.json, or go back to where the run is taken up.
+
+        ``sources`` is what the job reads, where that is known only now. Raises :class:`RunError` as :func:`hold_place`.
+        """
+        assert self._held is not None, "a place becomes one session"
+        if sources is not None:
+            self._sources = lambda: sources
+        depends, asked = self._stock(), to_dict(config)
+        resolved = {**asked, "run": to_dict(self._settings) | {"device": self.device.type, "threads": self._threads}}
+        console, resumed = _Console(stderr=True, quiet=self._settings.quiet), isinstance(self._held, Run)
+        if isinstance(self._held, Run):
+            run = self._held
+            changes = changed_surroundings(run, depends, force=self._force)
+            changes = [*changed_settings(run, asked, force=self._force), *changes]
+            self._go_back(run, console)
+            if changes:
+                run.go_on_as(asked, resolved, depends, changes)
+                text = "forced: from here on another run than it was, because " + "; ".join(changes)
+                run.event("forced", text, changes=changes)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            run = Run.create(self._held, self._job, asked, resolved=resolved, depends=depends)
+            self._held = run
+        checkpoint = self._newest[0]
+        session = Session(
+            run,
+            self._settings,
+            device=self.device,
+            checkpoint=checkpoint,
+            console=console,
+            resumed=resumed,
+            force=self._force,
+        )
+        if checkpoint is not None:
+            session.prune()  # a run that died between its last checkpoint and this has no other to do it after
+        self._held = None  # it is the session's now
+        return session
+
+    def release(self, *, resume: bool) -> None:
+        """Leave the directory as it was found, unless a session has begun there."""
+        if isinstance(self._held, Reserved):
+            self._held.release()
+        elif self._held is not None:
+            if not resume:
+                self._held.discard()
+            self._held.close()
+
+    def _go_back(self, run: Run, console: Console) -> None:
+        """Forget what was recorded after the checkpoint."""
+        checkpoint, damaged = self._newest
+        for text in run.mended:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        start = 0 if checkpoint is None else checkpoint.step
+        if damaged:
+            text = f"damaged, moved to {run.path / 'faults'}: {', '.join(damaged)}; going on after step {start}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        run.rewind(-1 if checkpoint is None else start)
+
+    def _stock(self) -> dict[str, Json]:
+        """Take stock of what the numbers depend on; of a file that was looked at before, not again."""
+        sources = Sources(files={}) if self._sources is None else self._sources()
+        named = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        files = {setting: path for setting, path in sources.files.items() if setting not in self._digests}
+        contents = {setting: look for setting, look in sources.contents.items() if setting not in self._digests}
+        fresh = replace(sources, files=files, contents=contents)
+        stock = take_stock(fresh, device=named, threads=self._threads)
+        self._digests |= cast("dict[str, Json]", stock["files"])
+        return {**stock, "files": {**self._digests}}
+
+
+@contextmanager
+def hold_place(
     job: str,
-    config: Any,
     settings: RunSettings,
     *,
-    sources: Sources | None = None,
+    config: Any | None = None,
+    sources: Callable[[], Sources] | None = None,
     resume: bool = False,
     force: bool = False,
-) -> Session:
-    """Make the run at ``settings.dir``, or open it to go on from its newest whole checkpoint.
+) -> Iterator[Place]:
+    """Take the run's directory, then let the caller open what may take long, then begin: ``place.session(config)``.
 
-    Load and check everything that can be wrong with the user's input before this call.
+        with hold_place("sft", config.run, config=config, sources=…, resume=resume) as place:
+            world = …
+            with place.session(config) as session:
+
+    What is wrong with the place, or with the run that is to be taken up, is told at once; what raises before the session
+    has begun leaves the directory as it was.
 
     Args:
         job: its name.
-        config: its settings, with ``settings`` among them.
         settings: where the run lies and what it runs on.
-        sources: what it reads besides.
+        config: the job's settings, where they are known before anything is opened.
+        sources: what it reads besides; asked at once where a run is taken up, and when the session begins, since what is
+            on the hub is here only once it was opened.
         resume: go on with the run that lies there.
         force: do so also where it cannot be the same run to the bit, and record why.
 
@@ -374,37 +422,29 @@ def open_session(
         ConfigError: the device or a tracker is not to be had.
     """
     device = resolve_device(settings.device)
-    console = _Console(stderr=True, quiet=settings.quiet)
-    threads = settings.threads or torch.get_num_threads()
-    named = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    depends = take_stock(sources or Sources(files={}), device=named, threads=threads)
-    asked = to_dict(config)
-    resolved = {**asked, "run": to_dict(settings) | {"device": device.type, "threads": threads}}
-    checkpoint = None
-    if not resume:
-        run = Run.create(settings.dir, job, asked, resolved=resolved, depends=depends)
-    else:
-        run = Run.open(settings.dir, write=True)
+    require_trackers(settings.trackers)
+    held = Run.open(settings.dir, write=True) if resume else reserve(settings.dir)
+    place = Place(job, settings, held, device=device, sources=sources, force=force)
     try:
-        if resume:
-            changes = _changes(run, job, asked, resolved, depends, force=force)
-            checkpoint = _go_back(run, console, force=force)
-            if changes:
-                run.go_on_as(asked, resolved, depends, changes)
-                text = "forced: from here on another run than it was, because " + "; ".join(changes)
-                run.event("forced", text, changes=changes)
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-        session = Session(
-            run, settings, device=device, checkpoint=checkpoint, console=console, resumed=resume, force=force
-        )
-        if checkpoint is not None:
-            session.prune()  # a run that died between its last checkpoint and this has no other to do it after
-        return session
-    except BaseException as error:
-        if isinstance(error, UserError) and not resume:
-            run.discard()
-        run.close()
-        raise
+        if isinstance(held, Run):
+            place.check(held, config)
+        yield place
+    finally:
+        place.release(resume=resume)
+
+
+def open_session(
+    job: str,
+    config: Any,
+    settings: RunSettings,
+    *,
+    sources: Sources | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> Session:
+    """Take the run's directory and begin at once, as a job does that opens nothing; see :func:`hold_place`."""
+    with hold_place(job, settings, config=config, resume=resume, force=force) as place:
+        return place.session(config, sources)
 
 
 def _watch(run: Run, settings: RunSettings) -> Watch:
@@ -417,76 +457,3 @@ def _watch(run: Run, settings: RunSettings) -> Watch:
         assert isinstance(step, int)
         watch.see(step, row)
     return watch
-
-
-def _go_back(run: Run, console: Console, *, force: bool) -> Checkpoint | None:
-    """Find where the run can be taken up, and forget what was recorded after it; None is the beginning."""
-    checkpoint = run.latest_checkpoint()
-    start = 0 if checkpoint is None else checkpoint.step
-    damaged = [f"step-{other.step}" for other in run.checkpoints() if other.step > start]
-    if damaged and checkpoint is None and not force:
-        raise RunError(
-            f"{run.path}: no checkpoint is whole ({', '.join(damaged)} damaged); "
-            f"put one back, or begin again with: bridle resume {run.path} --force"
-        )
-    if damaged:
-        text = f"damaged, moved to {run.path / 'faults'}: {', '.join(damaged)}; going on after step {start}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    run.rewind(-1 if checkpoint is None else start)
-    return checkpoint
-
-
-def _changes(
-    run: Run,
-    job: str,
-    asked: Mapping[str, Json],
-    resolved: Mapping[str, Json],
-    depends: Mapping[str, Json],
-    *,
-    force: bool,
-) -> list[str]:
-    """Refuse to go on as another run, naming what differs; with ``force`` return it.
-
-    Also where config.json was edited: what is resolved there must agree with what was asked for.
-    """
-    if run.job != job:
-        raise RunError(f"{run.path} is a run of {run.job}, not of {job}; use `bridle resume {run.path}`")
-    kept = (_essential(run.config), _essential(run.resolved))
-    changed = next(filter(None, (_first_difference(old, _essential(asked), "") for old in kept)), None)
-    found = differences(run.depends, depends)
-    forced = f"`bridle resume {run.path} --force`"
-    if not force and found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise RunError(
-            f"{found[0]} when {run.path} was started{more}, so it would not go on as the same run to the bit; "
-            f"{found[0].remedy}, or {forced}"
-        )
-    if not force and changed is not None:
-        raise RunError(
-            f"{changed} is not what {run.path} was started with; "
-            f"resume with its own settings or start a new run, or {forced}"
-        )
-    return [*([] if changed is None else [f"{changed} is another setting"]), *map(str, found)]
-
-
-def _essential(config: Mapping[str, Json]) -> Mapping[str, Json]:
-    groups = {name: group for name in _MAY_CHANGE if isinstance(group := config.get(name), Mapping)}
-    return {
-        **config,
-        **{
-            of: {name: value for name, value in group.items() if name not in _MAY_CHANGE[of]}
-            for of, group in groups.items()
-        },
-    }
-
-
-def _first_difference(old: Mapping[str, Json], new: Mapping[str, Json], prefix: str) -> str | None:
-    for name in [*new, *(key for key in old if key not in new)]:
-        left, right = old.get(name), new.get(name)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            inner = _first_difference(left, right, f"{prefix}{name}.")
-            if inner is not None:
-                return inner
-        elif left != right:
-            return f"{prefix}{name}={right!r}"
-    return None

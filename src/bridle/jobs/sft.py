@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,25 +15,25 @@ import torch
 
 from bridle.errors import ConfigError, DataError, NonFiniteStep
 from bridle.jobs.faults import Kept, contain, skipped
-from bridle.jobs.session import RunSettings, Session, open_session, resolve_device
+from bridle.jobs.session import RunSettings, Session, hold_place, resolve_device
 from bridle.jobs.sources import of_data, of_model, packages_of
 from bridle.language.adapters import Adapted, LoraSettings, open_adapted
 from bridle.language.causal import CausalModel
 from bridle.language.data import DataSettings, Encoded, Encoder, encode_demonstrations, read_demonstrations
+from bridle.language.descriptions import Description, describe_causal_lm
 from bridle.language.evidence import demonstrations_to
 from bridle.language.likelihood import batch_of_step, held_out_loss, likelihood_step
 from bridle.language.models import (
     ModelSettings,
-    context_length,
     disable_dropout,
     load_causal_lm,
     save_model,
-    stop_ids,
     tokenizer_notes,
 )
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.shadow import masters_of
 from bridle.learn.masters import Masters
+from bridle.learn.memory import MicroBudget, RowBudget, within_rows
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state
 from bridle.random import permutation, uniforms
@@ -107,20 +107,24 @@ class SFTConfig:
 
 def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path:
     """Train, evaluate and save; return the run's directory. ``RUN/policy`` opens with ``AutoModelForCausalLM``."""
-    world = _open(config)
-    steps_per_epoch = math.ceil(len(world.training) / config.batch_size)
-    total = config.epochs * steps_per_epoch
-    parameters = dict(world.model.named_parameters())
-    optimiser = Optimiser(
-        [Group(name="policy", parameters=parameters, settings=config.optim)], total_steps=total, masters=world.masters
-    )
-    with open_session("sft", config, config.run, sources=_sources(config), resume=resume, force=force) as session:
+    sources = partial(_sources, config)
+    with (
+        hold_place("sft", config.run, config=config, sources=sources, resume=resume, force=force) as place,
+        nullcontext(_open(config)) as world,
+        place.session(config) as session,
+    ):
+        steps_per_epoch = math.ceil(len(world.training) / config.batch_size)
+        total = config.epochs * steps_per_epoch
+        parameters = dict(world.model.named_parameters())
+        group = Group(name="policy", parameters=parameters, settings=config.optim)
+        optimiser = Optimiser([group], total_steps=total, masters=world.masters)
         _restore(world, optimiser, session)
         for note in world.notes:
             session.say(note)
-        if session.start == 0 and world.held_out:
-            session.record(0, _evaluate(config, world, session, 0))
         budget = session.micro_budget(config.micro_batch_tokens)
+        rows = session.row_budget(config.evaluation.sampling.rows)
+        if session.start == 0 and world.held_out:
+            session.record(0, _evaluate(config, world, session, 0, budget, rows))
         with session.progress(total, "sft", start=session.start) as progress:
             for step in session.steps(total):
                 began = time.perf_counter()
@@ -144,8 +148,8 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
                         "tokens": seen.tokens,
                     }
                 if world.held_out and (step % config.evaluation.every == 0 or step == total):
-                    metrics |= _evaluate(config, world, session, step)
-                session.tell_memory(step, budget)
+                    metrics |= _evaluate(config, world, session, step, budget, rows)
+                session.tell_memory(step, budget, rows)
                 session.record(step, metrics)
                 progress.advance(**shown)
                 session.end_step(step, last=total, save=partial(_save, world, optimiser))
@@ -194,8 +198,14 @@ class _World:
 
 
 def _sources(config: SFTConfig) -> Sources:
-    files = of_model("model", config.model) | of_data("data.path", config.data.path)
-    return Sources(packages=packages_of(config.lora), files=files | of_data("evaluation.path", config.evaluation.path))
+    data = {"data.path": config.data}
+    if config.evaluation.path is not None:
+        data["evaluation.path"] = _held_out_data(config, config.evaluation.path)
+    return replace(of_data(data), packages=packages_of(config.lora)).with_files(of_model("model", config.model))
+
+
+def _held_out_data(config: SFTConfig, path: str) -> DataSettings:
+    return replace(config.data, path=path, limit=None)
 
 
 def open_model(
@@ -213,23 +223,13 @@ def open_model(
 
 
 def _open(config: SFTConfig) -> _World:
+    """Read all that can be wrong, and only then the weights."""
     device, dtype = resolve_device(config.run.device), getattr(torch, config.run.dtype)
+    described = describe_causal_lm(config.model, grow=config.lora.rank is None)
+    training, held_out, notes = _read_all(config, described)
     network, tokenizer, adapted = open_model(config, device)
-    model, stops = CausalModel(network), stop_ids(network, tokenizer)
-    context = context_length(network.config)
-    if config.max_tokens is not None and context is not None and config.max_tokens > context:
-        raise ConfigError.of("max_tokens", config.max_tokens, f"at most the model's context of {context} tokens")
-    read = partial(_read, encoder=Encoder.of(tokenizer, stops), limit=config.max_tokens or context)
-    training, notes = read(config.data)
-    if config.evaluation.path is not None:
-        held_out, more = read(replace(config.data, path=config.evaluation.path, limit=None))
-        notes += more
-    else:
-        order = permutation(len(training), config.run.seed, "sft-held-out").tolist()
-        away = math.ceil(len(training) * config.evaluation.share)
-        held_out, training = [training[i] for i in order[:away]], [training[i] for i in sorted(order[away:])]
-    if not training:
-        raise DataError(f"{config.data.path}: nothing is left to learn; lower evaluation.share or give more records")
+    described.require_like(network, tokenizer)
+    model = CausalModel(network)
     # entered anew for every block, since it caches the weights' casts until it is left
     computing = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     return _World(
@@ -237,18 +237,34 @@ def _open(config: SFTConfig) -> _World:
         tokenizer=tokenizer,
         sampler=ReferenceSampler(
             network,
-            stops,
+            described.stops,
             decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             computing=computing,
         ),
         computing=computing,
         training=training,
         held_out=held_out,
-        context=context,
+        context=described.context,
         adapted=adapted,
         masters=masters_of([network.base_model], dtype),
         notes=(*tokenizer_notes(tokenizer), *notes, *(() if model.warning is None else (model.warning,))),
     )
+
+
+def _read_all(config: SFTConfig, described: Description) -> tuple[list[Encoded], list[Encoded], tuple[str, ...]]:
+    """Read and encode what is learnt and what is held out, and say what was left out."""
+    read = partial(_read, encoder=described.encoder, limit=described.room(config.max_tokens))
+    training, notes = read(config.data)
+    if config.evaluation.path is not None:
+        held_out, more = read(_held_out_data(config, config.evaluation.path))
+        notes += more
+    else:
+        order = permutation(len(training), config.run.seed, "sft-held-out").tolist()
+        away = math.ceil(len(training) * config.evaluation.share)
+        held_out, training = [training[i] for i in order[:away]], [training[i] for i in sorted(order[away:])]
+    if not training:
+        raise DataError(f"{config.data.path}: nothing is left to learn; lower evaluation.share or give more records")
+    return training, held_out, notes
 
 
 def _read(source: DataSettings, *, encoder: Encoder, limit: int | None) -> tuple[list[Encoded], tuple[str, ...]]:
@@ -257,14 +273,15 @@ def _read(source: DataSettings, *, encoder: Encoder, limit: int | None) -> tuple
     return items, (*records.notes, *notes)
 
 
-def _evaluate(config: SFTConfig, world: _World, session: Session, step: int) -> dict[str, float]:
+def _evaluate(
+    config: SFTConfig, world: _World, session: Session, step: int, budget: MicroBudget, rows: RowBudget
+) -> dict[str, float]:
     """Measure the held-out demonstrations, answer some of their prompts, and keep the answers."""
-    found = held_out_loss(
-        world.model, world.held_out, micro_tokens=config.micro_batch_tokens, computing=world.computing
-    )
+    found = held_out_loss(world.model, world.held_out, micro_tokens=budget, computing=world.computing)
     asked = world.held_out[: config.evaluation.samples]
     if asked:
-        session.run.samples(step, _answer(config, world, asked), name="evaluation")
+        session.run.samples(step, _answer(config, world, asked, rows), name="evaluation")
+    session.tell_memory(step, budget, rows)
     session.say(f"held-out, step {step}: loss {found.loss:.4g} nats per token, perplexity {found.perplexity:.4g}")
     return {
         "evaluation/loss": found.loss,
@@ -273,7 +290,7 @@ def _evaluate(config: SFTConfig, world: _World, session: Session, step: int) -> 
     }
 
 
-def _answer(config: SFTConfig, world: _World, asked: list[Encoded]) -> list[dict[str, str | int]]:
+def _answer(config: SFTConfig, world: _World, asked: list[Encoded], rows: RowBudget) -> list[dict[str, str | int]]:
     """Answer the prompts of demonstrations, with the same draws at every step."""
     prompts = [item.ids[: item.prompt_length] for item in asked]
     sampling = config.evaluation.sampling
@@ -282,6 +299,9 @@ def _answer(config: SFTConfig, world: _World, asked: list[Encoded]) -> list[dict
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     draws = uniforms(config.run.seed, "sft-samples", 0, range(len(asked)), sampling.max_new_tokens)
     decode = partial(world.tokenizer.decode, skip_special_tokens=True)
+    answers = within_rows(
+        rows, len(asked), lambda at_once: world.sampler(prompts, draws, replace(sampling, rows=at_once))
+    )
     return [
         {
             "prompt": decode(prompt),
@@ -290,7 +310,7 @@ def _answer(config: SFTConfig, world: _World, asked: list[Encoded]) -> list[dict
             "stop": answer.stop.value,
             "length": len(answer.ids),
         }
-        for item, prompt, answer in zip(asked, prompts, world.sampler(prompts, draws, sampling), strict=True)
+        for item, prompt, answer in zip(asked, prompts, answers, strict=True)
     ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from bridle.control.making import GivenWorld, WorldSettings
     from bridle.language.adapters import LoraSettings
+    from bridle.language.data import DataSettings
     from bridle.language.models import ModelSettings
 
 __all__ = ["LANGUAGE", "of_data", "of_functions", "of_model", "of_world", "packages_of"]
@@ -51,15 +53,33 @@ def _folder(setting: str, source: str, sign: str, revision: str | None) -> dict[
     if path.is_dir():
         return {setting: path}
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    cached = try_to_load_from_cache(source, sign, revision=revision)
+    try:
+        cached = try_to_load_from_cache(source, sign, revision=revision)
+    except HFValidationError:  # no name of the hub: it will be refused where it is opened
+        return {}
     return {setting: Path(cached).parent} if isinstance(cached, str) else {}
 
 
-def of_data(setting: str, source: str | None) -> dict[str, Path]:
-    """Return the file that a setting names; a hub dataset is known by its name alone."""
-    path = None if source is None else Path(source).expanduser()
-    return {} if path is None or not path.is_file() else {setting: path}
+def of_data(named: Mapping[str, DataSettings]) -> Sources:
+    """Return the files and the hub datasets that settings name, setting → where its data are."""
+    files: dict[str, Path] = {}
+    contents: dict[str, Callable[[], Mapping[str, str]]] = {}
+    for setting, data in named.items():
+        path = Path(data.path).expanduser()
+        if path.is_file():
+            files[setting] = path
+        else:
+            contents[setting] = partial(_of_hub, data)
+    return Sources(files=files, contents=contents)
+
+
+def _of_hub(data: DataSettings) -> dict[str, str]:
+    from bridle.language.data.readers import hub_digest
+
+    digest = hub_digest(data)
+    return {} if digest is None else {f"{data.path} {data.split}": digest}
 
 
 def of_functions(setting: str, names: Iterable[str]) -> dict[str, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from torch import Tensor
 from bridle.errors import ScorerError
 from bridle.language.sampler import Sampled, Sampler, SamplingSettings, Stop
 from bridle.language.scorers import JSON, Answers, Scorer, Scores
+from bridle.learn.memory import RowBudget, within_rows
 from bridle.random import permutation, uniforms
 
 __all__ = ["Episode", "PromptTokens", "collect", "judge", "prompts_of_step"]
@@ -80,18 +81,24 @@ def collect(
     seed: int,
     stream: str,
     step: int,
+    rows: RowBudget | None = None,
 ) -> list[Episode]:
     """Sample ``answers_per_prompt`` answers to each prompt and have them judged; B = prompts × answers episodes.
 
     Answer k to the i-th prompt is keyed (seed, stream, step, i · answers_per_prompt + k). Answers that a judge dropped are
-    left out.
+    left out. ``rows``, in place of ``settings.rows``, shrinks where memory runs out.
 
     Raises:
         ScorerError: a judge failed, or the judges dropped every answer between them.
     """
     repeated = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     draws = uniforms(seed, stream, step, range(len(repeated)), settings.max_new_tokens)
-    sampled = sampler([prompt.ids for prompt in repeated], np.asarray(draws), settings)
+    asked = [prompt.ids for prompt in repeated]
+    sampled = within_rows(
+        rows or settings.rows,
+        len(asked),
+        lambda at_once: sampler(asked, np.asarray(draws), replace(settings, rows=at_once)),
+    )
     texts = [decode(answer.ids) for answer in sampled]
     groups = [position // answers_per_prompt for position in range(len(repeated))]
     scores = judge(scorer, repeated, sampled, texts, groups)

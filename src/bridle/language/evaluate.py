@@ -15,6 +15,7 @@ from bridle.language.prepare import look
 from bridle.language.sampler import Sampler, SamplingSettings, Stop
 from bridle.language.scorers import Answers, Scorer, Scores
 from bridle.language.segments import Segments
+from bridle.learn.memory import MicroBudget, RowBudget, within_memory
 
 __all__ = ["Assessment", "WithGold", "assess", "distinct_n", "mean_and_half_width"]
 
@@ -106,12 +107,14 @@ def assess(
     settings: SamplingSettings,
     *,
     seed: int,
-    micro_batch_tokens: int | None,
+    budget: MicroBudget | int | None,
+    rows: RowBudget | None = None,
     answers_per_prompt: int = 1,
 ) -> Assessment:
     """Answer each prompt, once or as often as judges of groups need, and measure the answers.
 
     The draws are keyed by the prompt's place alone, so two policies of one seed are compared on common random numbers.
+    ``budget`` [tokens of a forward pass] and ``rows`` (as in :func:`collect`) shrink where memory runs out.
     """
     episodes = collect(
         sampler,
@@ -123,9 +126,13 @@ def assess(
         seed=seed,
         stream="evaluation",
         step=0,
+        rows=rows,
     )
     segments = Segments.of([e.prompt.ids for e in episodes], [e.ids for e in episodes])
-    seen = look(policy, reference, segments, torch.arange(len(segments)), budget=micro_batch_tokens)
+    everyone = torch.arange(len(segments))
+    seen = within_memory(
+        budget, segments.lengths, lambda tokens: look(policy, reference, segments, everyone, budget=tokens)
+    )
     exact, own, theirs = (seen.per_answer(name, segments.sizes) for name in ("exact_kl", "logp", "ref_logp"))
     return Assessment(
         episodes=tuple(episodes),

@@ -106,7 +106,7 @@ def add_likelihood(
     """
     targets = sum(int(item.learnt.sum()) for item in batch)
     total = 0.0
-    for losses in _losses(model, batch, micro_tokens, computing):
+    for losses in token_losses(model, batch, micro_tokens, computing):
         loss = losses.sum() / targets
         if not bool(torch.isfinite(loss)):
             raise NonFiniteStep("the loss", tuple(range(len(batch))))
@@ -116,13 +116,19 @@ def add_likelihood(
 
 
 @torch.no_grad()
-def held_out_loss(model: CausalModel, items: Sequence[Encoded], *, micro_tokens: int, computing: Computing) -> HeldOut:
+def held_out_loss(
+    model: CausalModel, items: Sequence[Encoded], *, micro_tokens: MicroBudget | int, computing: Computing
+) -> HeldOut:
     """Mean −log π over all target tokens of ``items``, each token counted once."""
-    losses = torch.cat([losses.double().cpu() for losses in _losses(model, items, micro_tokens, computing)])
+    losses = within_memory(
+        micro_tokens,
+        torch.tensor([len(item) for item in items]),
+        lambda tokens: torch.cat([part.double().cpu() for part in token_losses(model, items, tokens, computing)]),
+    )
     return HeldOut(loss=float(losses.mean()), target_tokens=len(losses))
 
 
-def _losses(
+def token_losses(
     model: CausalModel, items: Sequence[Encoded], micro_tokens: int | None, computing: Computing
 ) -> Iterator[Float[Tensor, " n"]]:
     """Yield −log π of the target tokens, micro-batch by micro-batch, rows of alike length together."""

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from bridle.errors import ConfigError, ModelError
 from bridle.language.adapter_files import Adapter, is_adapter, merge_into, read_adapter
 from bridle.language.folders import check_folder
+from bridle.language.kinds import is_classifier, require_decoder, require_language_head, require_one_output
+from bridle.language.rendering import replace_template
+from bridle.language.special_tokens import check_reward_padding, tokenizer_notes
 from bridle.random import torch_rng
 
 if TYPE_CHECKING:  # importing transformers takes seconds: only the functions that need it do
@@ -28,15 +31,19 @@ __all__ = [
     "adapter_of",
     "base_of",
     "check_reward_padding",
+    "checked_source",
     "context_length",
     "disable_dropout",
+    "fitted_rows",
     "load_causal_lm",
     "load_reward_model",
     "load_tokenizer",
+    "one_line",
     "put_head",
     "recompute_layers",
     "save_model",
     "stop_ids",
+    "stops_of",
     "tokenizer_notes",
 ]
 
@@ -92,7 +99,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(source: str, what: str, remedy: str) -> Iterator[None]:
+def one_line(source: str, what: str, remedy: str) -> Iterator[None]:
     """Turn what transformers raises over a folder or a hub name into a ModelError of one line."""
     try:
         with quiet():
@@ -164,17 +171,14 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     revision = settings.revision if settings.tokenizer is None else None
     if folder is None and settings.tokenizer is not None:
         _ask_hub(source, revision)
-    with _one_line(source, "tokenizer", "name another with --model.tokenizer FOLDER"):
+    with one_line(source, "tokenizer", "name another with --model.tokenizer FOLDER"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder or source), revision=revision, trust_remote_code=False)
     if settings.pad_token is not None:
         tokenizer.add_special_tokens({"pad_token": settings.pad_token})
     if settings.eos_token is not None:
         tokenizer.add_special_tokens({"eos_token": settings.eos_token})
     if settings.chat_template is not None:
-        try:
-            tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"chat template {settings.chat_template} cannot be read: {error}") from error
+        replace_template(tokenizer, settings.chat_template)
     return tokenizer
 
 
@@ -182,9 +186,9 @@ def _load(
     auto: type[_SOURCE], settings: ModelSettings, **kwargs: object
 ) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
     """Open the weights; also return the parameters the checkpoint lacks and the ones the model has no place for."""
-    with _one_line(settings.path, "model", "check the folder, or take another copy"):
+    with one_line(settings.path, "model", "check the folder, or take another copy"):
         model, info = auto.from_pretrained(  # type: ignore[attr-defined]
-            _checked(settings),
+            checked_source(settings),
             revision=settings.revision or "main",
             use_safetensors=True,
             trust_remote_code=False,
@@ -209,7 +213,7 @@ def _load(
     return attend_narrowly(model), frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
 
 
-def _checked(settings: ModelSettings) -> str:
+def checked_source(settings: ModelSettings) -> str:
     """Return the folder or hub name to load from; refuse a folder without configuration or safetensors weights."""
     folder = _local(settings.path, "model")
     if folder is None:
@@ -218,7 +222,7 @@ def _checked(settings: ModelSettings) -> str:
     check_folder(folder)
     from transformers import AutoConfig
 
-    with _one_line(settings.path, "model", "mend its config.json, or take another copy"):
+    with one_line(settings.path, "model", "mend its config.json, or take another copy"):
         AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     return str(folder)
 
@@ -268,16 +272,14 @@ def load_causal_lm(
     adapter = adapter_of(settings)
     if adapter is not None:
         model, tokenizer = load_causal_lm(base_of(settings, adapter), device=device, dtype=dtype, grow=False)
-        if adapter.head is not None:
-            raise ModelError(f"{settings.path} is the adapter of a reward model; a language model's is needed")
+        require_language_head(adapter, settings.path)
         merge_into(model, adapter)
         return model, tokenizer
-    _checked(settings)
+    checked_source(settings)
     tokenizer = load_tokenizer(settings)
     with torch_rng(0, "model-load"):  # whatever the checkpoint lacks is refused below
         model, missing, unexpected = _load(AutoModelForCausalLM, settings, dtype=dtype)
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{settings.path} is an encoder-decoder ({model.config.model_type}); a causal model is needed")
+    require_decoder(model.config, settings.path)
     if missing:
         raise ModelError(f"{settings.path} lacks weights of {type(model).__name__}: {_some(missing)}")
     if unexpected:
@@ -314,14 +316,13 @@ def load_reward_model(
         if adapter.head is not None:
             put_head(model, adapter.head)
         return model, tokenizer
-    source = _checked(settings)
+    source = checked_source(settings)
     tokenizer = load_tokenizer(settings)
     check_reward_padding(tokenizer)
-    with _one_line(settings.path, "model", "check the folder, or take another copy"):
+    with one_line(settings.path, "model", "check the folder, or take another copy"):
         config = AutoConfig.from_pretrained(source, revision=settings.revision, trust_remote_code=False)
-    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    if classifier and config.num_labels != 1:
-        raise ModelError(f"{settings.path} is a classifier with {config.num_labels} outputs; a reward model has one")
+    classifier = is_classifier(config)
+    require_one_output(config, settings.path)
     with torch_rng(seed, "reward-head"):
         model, missing, unexpected = _load(
             AutoModelForSequenceClassification, settings, config=_with_one_label(config), dtype=dtype
@@ -350,49 +351,22 @@ def _with_one_label(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def check_reward_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a reward model's tokenizer whose pad token is missing or also ends a sequence.
-
-    ``AutoModelForSequenceClassification`` reads its score at the last token that is not padding: with pad = eos that is
-    the token before the end, and outside Bridle the model would give other scores than it was trained for.
-    """
-    if tokenizer.pad_token_id is None:
-        raise ModelError(
-            "a reward model needs a pad token and this tokenizer has none; add one: --model.pad-token '<|pad|>'"
-        )
-    if tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        raise ModelError(
-            f"pad = eos = {tokenizer.pad_token!r}: a reward model reads its score at the last token that is not "
-            "padding, so pad needs a token of its own; add one: --model.pad-token '<|pad|>'"
-        )
-
-
-def tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Say what is unusual about a tokenizer's special tokens, and that it is handled; to be shown once per run."""
-    notes = []
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id == tokenizer.bos_token_id:
-        notes.append(
-            f"bos = eos = {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}): the first one opens the prompt, "
-            "a later one ends the answer"
-        )
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        notes.append(
-            f"pad = eos = {tokenizer.pad_token!r}: harmless for a policy, whose masks come from lengths, not from ids"
-        )
-    return tuple(notes)
-
-
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the ids that end an answer: the tokenizer's eos first (the one trained), then any other of the model's.
 
     Raises ModelError where there is none: no answer would ever end.
     """
     generation = model.generation_config.eos_token_id if model.can_generate() else None
+    return stops_of(generation, tokenizer, model.get_input_embeddings().weight.shape[0])
+
+
+def stops_of(generation: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int, ...]:
+    """Return the ids that end an answer, of what generation_config.json says and a vocabulary of ``rows`` tokens."""
     listed = [generation] if isinstance(generation, int) else list(generation or ())
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not all(isinstance(token, int) for token in listed):
         raise ModelError(f"generation_config.json says eos_token_id={generation!r}; expected an id or a list of ids")
-    rows = model.get_input_embeddings().weight.shape[0]  # an id beyond the vocabulary is never sampled
+    # an id beyond the vocabulary is never sampled
     stops = tuple(dict.fromkeys(int(token) for token in own + listed if 0 <= token < rows))
     if not stops:
         raise ModelError("the tokenizer has no eos token, so no answer would ever end; name one with --model.eos-token")
@@ -434,11 +408,11 @@ def recompute_layers(model: PreTrainedModel) -> None:
         raise ModelError(f"{type(model).__name__} cannot recompute its layers; leave recompute out") from error
 
 
-def _fit_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, *, grow: bool
-) -> None:
-    """Grow the embeddings for tokens that the settings added; refuse a tokenizer larger than the model otherwise."""
-    rows = model.get_input_embeddings().weight.shape[0]
+def fitted_rows(rows: int, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, *, grow: bool) -> int:
+    """Return how many rows embeddings of ``rows`` must have for the tokens that the settings added.
+
+    Raises ModelError for a tokenizer that is larger than the model otherwise, and without ``grow`` for any more rows.
+    """
     asked = {settings.pad_token, settings.eos_token}
     vocabulary = tokenizer.get_vocab()
     largest = max((index for token, index in vocabulary.items() if token not in asked), default=-1)
@@ -447,12 +421,21 @@ def _fit_vocabulary(
             f"the tokenizer knows ids up to {largest} but the model embeds only {rows}: they do not belong together; "
             "name the right one with --model.tokenizer FOLDER"
         )
-    needed = max((*vocabulary.values(), -1)) + 1
+    needed = max(rows, 1 + max(map(int, vocabulary.values()), default=-1))
     if needed > rows and not grow:
         raise ModelError(
             f"{settings.path} has no row for the token {tokenizer.convert_ids_to_tokens(needed - 1)!r}, and an adapter cannot "
             "hold one; name a token that the model knows, or add it by a run without lora"
         )
+    return needed
+
+
+def _fit_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, *, grow: bool
+) -> None:
+    """Grow the embeddings for tokens that the settings added; refuse a tokenizer larger than the model otherwise."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = fitted_rows(rows, tokenizer, settings, grow=grow)
     if needed > rows:
         with quiet(), torch_rng(0, "model-resize"):
             model.resize_token_embeddings(needed, mean_resizing=False)

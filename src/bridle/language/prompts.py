@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from torch import Tensor
 
-from bridle.core.losses import sft_loss
 from bridle.errors import ConfigError
 from bridle.language.collect import PromptTokens
-from bridle.language.data import DataSettings, Encoded, Encoder, collate, read_demonstrations, read_prompts
+from bridle.language.data import DataSettings, Encoded, read_demonstrations, read_prompts
 from bridle.language.data.encoding import encode_demonstrations, encode_prompts
 from bridle.language.data.records import Prompt, Text
-from bridle.language.models import context_length, stop_ids
+from bridle.language.descriptions import Description
+from bridle.language.likelihood import token_losses
 from bridle.language.policy import LanguagePolicy
-from bridle.language.roles import Roles
 from bridle.language.scorers import JSON
 from bridle.random import generator
 
@@ -24,18 +23,17 @@ __all__ = ["DemonstrationMix", "MixSettings", "load_mix", "load_prompts"]
 
 
 def load_prompts(
-    settings: DataSettings, roles: Roles, answer_tokens: int
+    settings: DataSettings, described: Description, answer_tokens: int
 ) -> tuple[list[PromptTokens], tuple[str, ...]]:
     """Read and encode prompts that leave room for an answer; also return notes on what was left out.
 
     Raises DataError naming the record that cannot serve.
     """
     records = read_prompts(settings)
-    network = roles.policy.actor.model
     kept, notes = encode_prompts(
         records.items,
-        Encoder.of(roles.tokenizer, stop_ids(network, roles.tokenizer)),
-        context=context_length(network.config),
+        described.encoder,
+        context=described.context,
         answer_tokens=answer_tokens,
         long=settings.long,
     )
@@ -90,32 +88,30 @@ class DemonstrationMix:
         self._items = tuple(items)
         self._settings = settings
 
-    def of_step(self, policy: LanguagePolicy, *, seed: int, step: int) -> Callable[[int], Tensor]:
-        """Return, for one update, ``taken`` → coefficient · mean over target tokens of −log π."""
+    def of_step(self, policy: LanguagePolicy, *, seed: int, step: int) -> Callable[[int, int | None], Iterator[Tensor]]:
+        """Return, for one update, (``taken``, tokens of a forward pass) → coefficient · mean over target tokens of −log π.
 
-        def loss(taken: int) -> Tensor:
+        The mean comes in parts, each of at most so many tokens, that add up to it.
+        """
+
+        def loss(taken: int, micro_tokens: int | None) -> Iterator[Tensor]:
             draw = generator(seed, "mix", step, taken).integers(0, len(self._items), size=self._settings.batch)
-            tokens = collate([self._items[i] for i in draw.tolist()], 0)
-            device = policy.device
-            with policy.computing():
-                states = policy.actor.states(
-                    tokens.input_ids.to(device), tokens.rows.to(device), tokens.columns.to(device)
-                )
-                logp, _ = policy.actor.logprobs(states.features, tokens.targets.to(device), with_entropy=False)
-            return self._settings.coefficient * sft_loss(logp).mean()
+            batch = [self._items[i] for i in draw.tolist()]
+            share = self._settings.coefficient / sum(int(item.learnt.sum()) for item in batch)
+            for losses in token_losses(policy.actor, batch, micro_tokens, policy.computing):
+                yield share * losses.sum()
 
         return loss
 
 
-def load_mix(settings: MixSettings, roles: Roles) -> DemonstrationMix | None:
+def load_mix(settings: MixSettings, described: Description) -> DemonstrationMix | None:
     """Read and encode the demonstrations to mix in; None if there are none."""
     if settings.path is None:
         return None
-    network = roles.policy.actor.model
     items, notes = encode_demonstrations(
         read_demonstrations(DataSettings(path=settings.path)).items,
-        Encoder.of(roles.tokenizer, stop_ids(network, roles.tokenizer)),
-        context=context_length(network.config),
+        described.encoder,
+        context=described.context,
         long=settings.long,
         option="--mix.long",
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridle.errors import ConfigError, ModelError
 from bridle.language.adapters import Adapted, Base, LoraSettings, adapted_reward_model, open_adapted, twin
 from bridle.language.causal import CausalModel
+from bridle.language.descriptions import describe_reward_model
 from bridle.language.models import (
     ModelSettings,
     adapter_of,
@@ -35,7 +36,7 @@ from bridle.language.shadow import masters_of
 from bridle.learn.masters import Masters
 from bridle.learn.optim import Group, OptimSettings
 
-__all__ = ["CriticSettings", "Roles", "open_roles"]
+__all__ = ["CriticSettings", "Roles", "check_critic", "open_roles"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +191,16 @@ def open_roles(
         masters=masters_of([network.base_model, reference.model.base_model, *own], compute_dtype),
         adapted=adapted,
     )
+
+
+def check_critic(settings: CriticSettings, judge: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a critic that could not be made, as far as the folder that it starts from says; its weights are not read.
+
+    Raises ConfigError where nothing is named to start from, ModelError for a folder that cannot serve.
+    """
+    if settings.source == "reward":
+        source = _reward_source(settings, judge)
+        _require_same_tokens(source, describe_reward_model(ModelSettings(path=source)).tokenizer, tokenizer)
 
 
 def _critic(

@@ -1,4 +1,4 @@
-"""Running out of a device's memory: what a forward pass may hold is halved, and the gradient is taken anew."""
+"""Running out of a device's memory: what a forward pass may hold is halved, and the work is done anew."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridle.errors import TrainingError
 
-__all__ = ["MicroBudget", "within_memory"]
+__all__ = ["MicroBudget", "RowBudget", "within_memory", "within_rows"]
 
 _T = TypeVar("_T")
 
@@ -42,11 +42,31 @@ class MicroBudget:
         self.halvings.append(f"out of memory: micro-batches of at most {self.tokens} tokens from here on, not {before}")
 
 
+class RowBudget:
+    """How many answers may be under way at once, as long as the memory lasts."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        """at most this many, ≥ 1."""
+        self.halvings: list[str] = []
+        """as in :class:`MicroBudget`."""
+
+    def halve(self, count: int) -> None:
+        """Halve it, as seen on ``count`` answers; raises TrainingError where each already goes alone."""
+        before = min(self.rows, count)
+        if before <= 1:
+            raise TrainingError(
+                "out of memory with one answer at a time; ask for shorter ones, or take a smaller model or run.dtype bfloat16"
+            )
+        self.rows = before // 2
+        self.halvings.append(f"out of memory: at most {self.rows} answers under way from here on, not {before}")
+
+
 def within_memory(
     budget: MicroBudget | int | None,
     lengths: Int[Tensor, " M"],
     attempt: Callable[[int | None], _T],
-    forget: Callable[[], None] | None = None,
+    forget: Callable[[], object] | None = None,
 ) -> _T:
     """Return ``attempt(tokens)``; where memory runs out, ``forget`` what it left and try with half as many tokens.
 
@@ -54,13 +74,29 @@ def within_memory(
     """
     if not isinstance(budget, MicroBudget):
         return attempt(budget)
+    return _until_it_fits(lambda: attempt(budget.tokens), lambda: budget.halve(lengths), forget)
+
+
+def within_rows(budget: RowBudget | int, count: int, attempt: Callable[[int], _T]) -> _T:
+    """Return ``attempt(rows)``; where memory runs out, try with half as many of the ``count`` answers at once.
+
+    A plain number is tried once.
+    """
+    if not isinstance(budget, RowBudget):
+        return attempt(budget)
+    return _until_it_fits(lambda: attempt(budget.rows), lambda: budget.halve(count))
+
+
+def _until_it_fits(
+    attempt: Callable[[], _T], halve: Callable[[], None], forget: Callable[[], object] | None = None
+) -> _T:
     while True:
         try:
-            return attempt(budget.tokens)
+            return attempt()
         except torch.OutOfMemoryError:
             pass  # the traceback holds the graph: leave it before anything else
         if forget is not None:
             forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        budget.halve(lengths)
+        halve()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridle.batch import Batch, Evaluation, Policy, Units
@@ -114,7 +114,7 @@ def update(
     step: int,
     kl_coefficient: float = 0.0,
     critic_only: bool = False,
-    extra_loss: Callable[[int], Tensor] | None = None,
+    extra_loss: Callable[[int, int | None], Iterable[Tensor]] | None = None,
     epochs: Sequence[int] | None = None,
     budget: MicroBudget | None = None,
 ) -> Iterator[UpdateStep]:
@@ -132,7 +132,8 @@ def update(
         step: the run's step, from 0.
         kl_coefficient: β of the KL in the loss, units of reward per nat whether or not advantages are whitened.
         critic_only: leave the policy's terms out (critic warm-up).
-        extra_loss: given the count of steps taken so far in this update, a mean loss to add (an SFT mix).
+        extra_loss: given the count of steps taken so far in this update, and the tokens that one forward pass may hold, a
+            mean loss to add (an SFT mix), in parts that are added up.
         epochs: the passes to take, numbered from 0; all of ``settings.epochs`` by default. A caller that prepares the
             batch anew between passes takes them one at a time.
         budget: in place of ``settings.micro_batch_tokens``: it shrinks where memory runs out.
@@ -180,13 +181,35 @@ def update(
                 return
             extra = 0.0
             if extra_loss is not None and not critic_only:
-                extra = add_loss(extra_loss(taken), rows)
+                backward = partial(_accumulate, policy, units, part, objective)
+                extra = _added(partial(extra_loss, taken), rows, backward, optimiser, units, budget or held)
             norms = optimiser.step(rows)
         except NonFiniteStep as fault:
             optimiser.zero_grad()
             evidence = Evidence(units=units, minibatch=part, objective=objective, taken=taken)
             raise fault.seen_on(tuple(rows.tolist()), evidence) from None
         yield record(extra_loss=extra, grad_norms=norms)
+
+
+def _added(
+    extra_loss: Callable[[int | None], Iterable[Tensor]],
+    rows: Int[Tensor, " M"],
+    backward: Callable[[int | None], Seen],
+    optimiser: Optimiser,
+    units: Units,
+    budget: MicroBudget | int | None,
+) -> float:
+    """Add the gradient of the extra loss to that of the minibatch, which is taken anew where memory runs out meanwhile."""
+    whole = True
+
+    def attempt(tokens: int | None) -> float:
+        nonlocal whole
+        if not whole:
+            backward(tokens)
+        whole = False
+        return add_loss(extra_loss(tokens), rows)
+
+    return within_memory(budget, units.lengths, attempt, optimiser.zero_grad)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
@@ -416,16 +416,19 @@ def accumulate(
     return seen.select(torch.argsort(torch.cat(places)).to(device))
 
 
-def add_loss(loss: Tensor, rows: Int[Tensor, " M"]) -> float:
-    """Add to the parameters' gradients that of a mean loss from elsewhere, and return the loss.
+def add_loss(parts: Iterable[Tensor], rows: Int[Tensor, " M"]) -> float:
+    """Add to the parameters' gradients that of a mean loss from elsewhere, which comes in parts, and return the loss.
 
     Raises:
-        NonFiniteStep: the loss is not finite.
+        NonFiniteStep: a part is not finite.
     """
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteStep("the extra loss", tuple(rows.tolist()))
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
+    total = 0.0
+    for loss in parts:
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteStep("the extra loss", tuple(rows.tolist()))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
 
 
 def plain_vjp(policy: Policy, units: Units) -> tuple[Seen, Pullback]:

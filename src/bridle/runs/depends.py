@@ -10,8 +10,8 @@ import hashlib
 import importlib.util
 import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +32,12 @@ class Sources:
     """distributions whose version may change a number, besides NumPy and PyTorch."""
     files: Mapping[str, Path]
     """setting → the file that it names, or the folder of a model."""
+    contents: Mapping[str, Callable[[], Mapping[str, str]]] = field(default_factory=dict)
+    """setting → what looks at what it names where that is no file here: name → digest."""
+
+    def with_files(self, files: Mapping[str, Path]) -> Sources:
+        """Return the same with more files."""
+        return replace(self, files={**files, **self.files})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +82,10 @@ def source_of(name: str) -> Path | None:
     if where.endswith(".py"):
         return Path(where)
     loaded = sys.modules.get(where)
-    spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(where)
+    try:
+        spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(where)
+    except (ImportError, ValueError, AttributeError):  # no such module: it will be refused where it is imported
+        return None
     origin = None if spec is None else spec.origin
     return Path(origin) if origin is not None and origin.endswith(".py") else None
 
@@ -95,7 +104,8 @@ def take_stock(sources: Sources, *, device: str, threads: int) -> JsonObject:
     return {
         "code": code,
         "machine": {"device": device, "processor": _processor(), "threads": threads},
-        "files": {setting: _digests(path) for setting, path in sources.files.items()},
+        "files": {setting: _digests(path) for setting, path in sources.files.items()}
+        | {setting: {**look()} for setting, look in sources.contents.items()},
     }
 
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import IO, Literal, cast
+from typing import IO, TYPE_CHECKING, Literal, cast
 
 from bridle.errors import ConfigError, DataError
 
-__all__ = ["DataSettings", "Row", "read_rows"]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["DataSettings", "Row", "hub_digest", "read_rows"]
+
+_HASHED_AT_ONCE = 1000
+"""Rows of a dataset that are held while they are hashed."""
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -110,14 +118,13 @@ def read_rows(settings: DataSettings) -> tuple[Row, ...]:
     number), something that is no record, or nothing at all.
     """
     with _reachable(settings.path):
-        path = Path(settings.path).expanduser()
-        mode = path.stat().st_mode if path.exists() else None
+        path, mode = _path_and_mode(settings.path)
         inside = sorted(file.name for file in path.iterdir() if _kind(file) is not None) if path.is_dir() else []
     if mode is not None and S_ISDIR(mode):
         remedy = f"name one of its files ({', '.join(inside[:5])})" if inside else "name a file"
         raise DataError(f"{settings.path} is a folder; {remedy}")
     kind = _kind(path)
-    if kind is None and mode is None and path.suffix == "" and settings.path.count("/") <= 1:
+    if _is_of_hub(settings.path, path, mode):
         rows = _hub_rows(settings.path, settings.subset, settings.split)
     elif mode is None:
         raise DataError(f"{settings.path}: no such file")
@@ -133,6 +140,39 @@ def read_rows(settings: DataSettings) -> tuple[Row, ...]:
     if not found:
         raise DataError(f"{settings.path} holds no records")
     return found
+
+
+def hub_digest(settings: DataSettings) -> str | None:
+    """SHA-256 over the rows that :func:`read_rows` reads of a hub dataset, by their content; None for a file.
+
+    A revision or the library's own fingerprint would not do: both change with a README, and neither says what was read.
+    Raises DataError where the dataset cannot be had.
+    """
+    with _reachable(settings.path):
+        path, mode = _path_and_mode(settings.path)
+    if not _is_of_hub(settings.path, path, mode):
+        return None
+    digest = hashlib.sha256()
+    found = _hub_dataset(settings.path, settings.subset, settings.split).with_format("arrow")  # images stay undecoded
+    count = len(found) if settings.limit is None else min(settings.limit, len(found))
+    for first in range(0, count, _HASHED_AT_ONCE):
+        for row in found[first : min(first + _HASHED_AT_ONCE, count)].to_pylist():
+            digest.update(json.dumps(row, default=_hashed, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _hashed(value: object) -> str:
+    """Stand in for what JSON cannot write: bytes, dates, decimals."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else f"{type(value).__name__} {value}"
+
+
+def _path_and_mode(name: str) -> tuple[Path, int | None]:
+    path = Path(name).expanduser()
+    return path, path.stat().st_mode if path.exists() else None
+
+
+def _is_of_hub(name: str, path: Path, mode: int | None) -> bool:
+    return _kind(path) is None and mode is None and path.suffix == "" and name.count("/") <= 1
 
 
 @contextmanager
@@ -261,6 +301,12 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    for number, values in enumerate(_hub_dataset(name, subset, split), start=1):
+        yield Row(place=f"{name} {split} row {number}", values=values)
+
+
+@lru_cache(maxsize=8)  # what is read is what was hashed, whatever the hub has by then
+def _hub_dataset(name: str, subset: str | None, split: str) -> Dataset:
     import datasets
 
     from bridle.language.models import quiet
@@ -268,9 +314,7 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
     datasets.disable_progress_bars()
     try:
         with quiet():
-            found = datasets.load_dataset(name, subset, split=split)
+            return datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{name} is neither a file nor a dataset that can be had: {reason}") from error
-    for number, values in enumerate(found, start=1):
-        yield Row(place=f"{name} {split} row {number}", values=values)

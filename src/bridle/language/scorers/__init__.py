@@ -3,12 +3,20 @@
 from bridle.language.scorers.answers import JSON, Answers, Scorer, Scores, WeightedSum
 from bridle.language.scorers.asking import JudgingSettings, Mishap
 from bridle.language.scorers.functions import FunctionScorer, GroupScorer
-from bridle.language.scorers.models import RewardModelScorer, RewardSettings, build_scorer, gold_scorers, require_room
+from bridle.language.scorers.models import (
+    Functions,
+    RewardModelScorer,
+    RewardSettings,
+    build_scorer,
+    check_judge,
+    open_functions,
+)
 
 __all__ = [
     "JSON",
     "Answers",
     "FunctionScorer",
+    "Functions",
     "GroupScorer",
     "JudgingSettings",
     "Mishap",
@@ -18,6 +26,6 @@ __all__ = [
     "Scores",
     "WeightedSum",
     "build_scorer",
-    "gold_scorers",
-    "require_room",
+    "check_judge",
+    "open_functions",
 ]

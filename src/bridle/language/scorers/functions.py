@@ -11,7 +11,7 @@ import numbers
 import sys
 import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +56,10 @@ class FunctionScorer:
         self._mishaps = [] if mishaps is None else mishaps
         self._call = _Caller(spec, "score(prompts, completions, **columns)", judging)
 
+    def require(self, columns: Collection[str]) -> None:
+        """Refuse data that lack a column which the function cannot do without; raises :class:`ScorerError`."""
+        self._call.require(columns)
+
     def __call__(self, answers: Answers) -> Scores:
         """Judge every answer in one call of the function."""
         columns = self._call.accepted(answers.columns)
@@ -96,6 +100,10 @@ class GroupScorer:
         self._judging = judging
         self._mishaps = [] if mishaps is None else mishaps
         self._call = _Caller(spec, "rank(prompt, completions, **columns)", judging)
+
+    def require(self, columns: Collection[str]) -> None:
+        """Refuse data that lack a column which the function cannot do without; raises :class:`ScorerError`."""
+        self._call.require(columns)
 
     def __call__(self, answers: Answers) -> Scores:
         """Judge group after group, in the order in which the groups appear."""
@@ -161,7 +169,7 @@ class _Caller:
         self._named = {p.name for p in rest}
         self._required = [p.name for p in rest if p.default is p.empty]
 
-    def accepted(self, columns: Mapping[str, list[JSON]]) -> dict[str, list[JSON]]:
+    def require(self, columns: Collection[str]) -> None:
         missing = [name for name in self._required if name not in columns]
         if missing:
             have = ", ".join(sorted(columns)) or "none"
@@ -169,6 +177,9 @@ class _Caller:
                 f"{self.spec} needs the column {missing[0]!r}, the data's columns are: {have};"
                 " add the column or give the argument a default"
             )
+
+    def accepted(self, columns: Mapping[str, list[JSON]]) -> dict[str, list[JSON]]:
+        self.require(columns)
         return {
             name: [*values]
             for name, values in columns.items()

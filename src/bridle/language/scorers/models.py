@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
@@ -15,11 +15,12 @@ from bridle.errors import ConfigError, ModelError, ScorerError
 from bridle.language.adapters import Base, adapted_reward_model
 from bridle.language.chat import Message
 from bridle.language.data import Encoder
+from bridle.language.descriptions import describe_reward_model
+from bridle.language.kinds import is_classifier
 from bridle.language.models import (
     ModelSettings,
     adapter_of,
     check_reward_padding,
-    context_length,
     disable_dropout,
     load_reward_model,
     load_tokenizer,
@@ -29,12 +30,12 @@ from bridle.language.reward_model import check_lengths, check_score_head, score_
 from bridle.language.sampler import Stop
 from bridle.language.scorers.answers import Answers, Scorer, Scores, WeightedSum
 from bridle.language.scorers.asking import JudgingSettings, Mishap
-from bridle.language.scorers.functions import ONCE, FunctionScorer, GroupScorer
+from bridle.language.scorers.functions import FunctionScorer, GroupScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["RewardModelScorer", "RewardSettings", "build_scorer", "gold_scorers", "require_room", "shares_ids"]
+__all__ = ["RewardModelScorer", "RewardSettings", "build_scorer", "check_judge", "open_functions", "shares_ids"]
 
 
 LARGEST_WEIGHT = 1e3
@@ -134,15 +135,76 @@ class RewardSettings:
         return (self.model is not None) + len(self.functions) + len(self.groups) + len(self.rankings)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Functions:
+    """The judges that are functions, imported and their signatures read; make them with :func:`open_functions`."""
+
+    scorers: tuple[FunctionScorer | GroupScorer, ...]
+    """in the order functions, groups, rankings."""
+    gold: tuple[FunctionScorer, ...]
+    """those that judge held-out answers only."""
+    mishaps: list[Mishap]
+    """where all of them note their failures."""
+
+    def require(self, columns: Collection[str]) -> None:
+        """Refuse data that lack a column which one of them cannot do without; raises ScorerError."""
+        for judge in (*self.scorers, *self.gold):
+            judge.require(columns)
+
+
+def open_functions(settings: RewardSettings, gold: Sequence[str] = ()) -> Functions:
+    """Import the judges that are functions; raises ScorerError where one cannot be."""
+    names = _names((*settings.functions, *settings.groups, *settings.rankings))
+    mishaps: list[Mishap] = []
+    how: _How = {"judging": settings.judging, "mishaps": mishaps}
+    scorers: list[FunctionScorer | GroupScorer] = [
+        *(FunctionScorer(spec, name=names[spec], **how) for spec in settings.functions),
+        *(GroupScorer(spec, name=names[spec], **how) for spec in settings.groups),
+        *(GroupScorer(spec, kind="ranks", name=names[spec], **how) for spec in settings.rankings),
+    ]
+    own = _names(gold)
+    judges = tuple(FunctionScorer(spec, name=own[spec], **how) for spec in own)
+    return Functions(scorers=tuple(scorers), gold=judges, mishaps=mishaps)
+
+
+def check_judge(settings: RewardSettings, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Refuse a reward model that cannot judge texts of the policy's tokenizer, up to ``longest`` tokens of it.
+
+    Only its folder's descriptions are read. Raises ModelError: it cannot be opened, has no head, or, where it reads ids as
+    sampled, a context that is too short.
+    """
+    if settings.model is None:
+        return
+    described = describe_reward_model(_model_settings(settings))
+    if not described.scores:
+        raise _headless(settings.model)
+    room = described.context
+    if shares_ids(tokenizer, described.tokenizer) and room is not None and longest > room:
+        raise ModelError(
+            f"prompt and answer may reach {longest} tokens and the reward model reads at most {room}; "
+            "ask for shorter answers (--sampling.max-new-tokens), or take a reward model with a longer context"
+        )
+
+
+def _model_settings(settings: RewardSettings) -> ModelSettings:
+    assert settings.model is not None
+    return ModelSettings(path=settings.model, pad_token=settings.pad_token)
+
+
+def _headless(name: str) -> ModelError:
+    return ModelError(f"{name} is not a reward model, its head is missing; train one: bridle reward")
+
+
 def build_scorer(
     settings: RewardSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    functions: Functions | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     base: Base | None = None,
 ) -> WeightedSum:
-    """Open every judge that ``settings`` name; ``tokenizer`` is the policy's.
+    """Open every judge that ``settings`` name; ``tokenizer`` is the policy's, ``functions`` what is imported already.
 
     A reward model whose tokenizer gives the policy's tokens the same ids scores the ids as sampled; any other reads the
     text through its own tokenizer. One that is an adapter on ``base``, the policy's own, shares its weights. Judges are
@@ -150,21 +212,16 @@ def build_scorer(
 
     Raises ModelError and ScorerError where a judge cannot be opened.
     """
+    judges = open_functions(settings) if functions is None else functions
     scorers: list[Scorer] = []
     if settings.model is not None:
-        where = ModelSettings(path=settings.model, pad_token=settings.pad_token)
-        model, own = _open_judge(where, base, device, dtype)
-        if not any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ()):
-            raise ModelError(f"{settings.model} is not a reward model, its head is missing; train one: bridle reward")
+        model, own = _open_judge(_model_settings(settings), base, device, dtype)
+        if not is_classifier(model.config):
+            raise _headless(settings.model)
         encode = None if shares_ids(tokenizer, own) else _own_encoding(model, own)
         scorers.append(RewardModelScorer(model.eval(), encode=encode))
-    names = _names((*settings.functions, *settings.groups, *settings.rankings))
-    mishaps: list[Mishap] = []
-    how: _How = {"judging": settings.judging, "mishaps": mishaps}
-    scorers += [FunctionScorer(spec, name=names[spec], **how) for spec in settings.functions]
-    scorers += [GroupScorer(spec, name=names[spec], **how) for spec in settings.groups]
-    scorers += [GroupScorer(spec, kind="ranks", name=names[spec], **how) for spec in settings.rankings]
-    return WeightedSum(scorers, settings.weights or (1.0,) * len(scorers), mishaps=mishaps)
+    scorers += judges.scorers
+    return WeightedSum(scorers, settings.weights or (1.0,) * len(scorers), mishaps=judges.mishaps)
 
 
 def _open_judge(
@@ -184,26 +241,6 @@ def _open_judge(
 class _How(TypedDict):
     judging: JudgingSettings
     mishaps: list[Mishap]
-
-
-def gold_scorers(
-    specs: Sequence[str], judging: JudgingSettings = ONCE, mishaps: list[Mishap] | None = None
-) -> list[FunctionScorer]:
-    """Open functions that judge held-out answers only, each under a name of its own; see :class:`FunctionScorer`."""
-    names = _names(specs)
-    return [FunctionScorer(spec, name=names[spec], judging=judging, mishaps=mishaps) for spec in names]
-
-
-def require_room(scorer: WeightedSum, longest: int) -> None:
-    """Refuse a reward model that reads ids as sampled and whose context is shorter than ``longest`` tokens."""
-    for judge in scorer.scorers:
-        if isinstance(judge, RewardModelScorer) and judge.reads_ids:
-            room = context_length(judge.model.config)
-            if room is not None and longest > room:
-                raise ModelError(
-                    f"prompt and answer may reach {longest} tokens and the reward model reads at most {room}; "
-                    "ask for shorter answers (--sampling.max-new-tokens), or take a reward model with a longer context"
-                )
 
 
 def _names(specs: Sequence[str]) -> dict[str, str]:
