@@ -61,6 +61,7 @@ class PPOWork(Work):
     minibatches: int = 4
     temperature: float = 1.0
     kl: float = 0.05
+    lam: float = 0.95
     value: float = 0.1
     """coefficient of ½ (V − R)²"""
     value_clip: float = 0.2

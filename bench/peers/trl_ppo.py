@@ -135,6 +135,7 @@ def trainer_of(work: PPOWork, watch: Watch, place: str) -> PPOTrainer:
         stop_token="eos" if work.stops else None,
         learning_rate=work.lr,
         kl_coef=work.kl,
+        lam=work.lam,
         vf_coef=work.value,
         cliprange_value=work.value_clip,
         num_sample_generations=0,

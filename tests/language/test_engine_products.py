@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bridle.language.causal import CausalModel
 from bridle.language.sampler import products
-from bridle.language.sampler.products import WideProducts, projection
+from bridle.language.sampler.products import WideProducts, projection, swift_products
 from bridle.random import generator
 from tests.language.tiny import tiny_model
 
@@ -68,3 +68,14 @@ def test_wide_products_leave_float32_alone() -> None:
     layer, x = nn.Linear(64, 48), normal(5, 64)
     with torch.no_grad(), WideProducts():
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_the_block_is_entered_only_where_bfloat16_products_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs every call of PyTorch a microsecond."""
+    weight = torch.zeros(2, 2)
+    for slow in (True, False):
+        monkeypatch.setattr(products, "bfloat16_is_slow", lambda device, slow=slow: slow)
+        assert not isinstance(swift_products(weight), WideProducts)
+        assert isinstance(swift_products(weight.bfloat16()), WideProducts) == slow
+        with torch.autocast("cpu", torch.bfloat16):
+            assert isinstance(swift_products(weight), WideProducts) == slow

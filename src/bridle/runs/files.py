@@ -60,6 +60,9 @@ def _encode(value: object, *, texts: bool) -> object:
     if isinstance(value, Mapping):
         return {str(key): _encode(item, texts=texts) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        kinds = set(map(type, value))
+        if kinds <= {int, bool} or (kinds == {float} and math.isfinite(sum(value))):  # a sample's many columns
+            return value
         return [_encode(item, texts=texts) for item in value]
     raise TypeError(f"{type(value).__name__} cannot be written as JSON; give {_ALLOWED}")
 

@@ -83,6 +83,7 @@ class EmbeddedSampler:
         work = _Work(self._actor, self._value_head, slots, watch, prompts, uniforms, settings)
         with serving(self._actor.model, slots), self._computing():
             work.play, work.logits = self._step_over(slots, steps), projection(self._actor, steps)
+            work.products = swift_products(self._actor.model.get_input_embeddings().weight)
             while work.step():
                 pass
         return work.answers()
@@ -135,7 +136,8 @@ class _Work:
         """A step for answers under way alone, if one was recorded."""
         self.logits: Callable[[Tensor], Tensor] = actor.logits
         """Features → logits [n, V]."""
-        self._products = swift_products(actor.device)
+        self.products: AbstractContextManager[object] = nullcontext()
+        """The block that the model runs in."""
         self._uniforms = uniforms.astype(np.float32).clip(max=LARGEST_UNIFORM)
         self._queue = _groups(prompts)
         self._size = min(settings.rows, len(prompts))
@@ -198,7 +200,7 @@ class _Work:
         elif not fresh:
             rows = torch.arange(used, device=device)
             where = {"positions": positions[:, None]}
-            with self._products:
+            with self.products:
                 states = self._actor.states(self._token[:, None], rows, torch.zeros_like(rows), **where)
         else:
             ids = torch.from_numpy(np.concatenate([start.group.ids for start in fresh])).to(device)
@@ -206,7 +208,7 @@ class _Work:
             places = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
             columns = torch.from_numpy(np.concatenate([np.arange(used), used + lengths.cumsum() - 1])).to(device)
             tokens, where = torch.cat([self._token, ids])[None], {"positions": torch.cat([positions, places])[None]}
-            with self._products:
+            with self.products:
                 states = self._actor.states(tokens, torch.zeros_like(columns), columns, **where)
             for row, start in enumerate(fresh, start=used):
                 start.group.read = _rows(states, slice(row, row + 1))

@@ -64,9 +64,13 @@ class WideProducts(TorchFunctionMode):
             return found.bfloat16()
 
 
-def swift_products(device: torch.device) -> AbstractContextManager[object]:
-    """The block in which linear layers run on ``device``: as they are, or in float32 where bfloat16 is slow."""
-    return WideProducts() if bfloat16_is_slow(device) else nullcontext()
+def swift_products(weight: Tensor) -> AbstractContextManager[object]:
+    """The block in which layers of weights like this one run: in float32 where they are in bfloat16 and that is slow.
+
+    The block costs a microsecond for every call of PyTorch, so it is not entered for nothing.
+    """
+    slow = computed_in(weight) is torch.bfloat16 and bfloat16_is_slow(weight.device)
+    return WideProducts() if slow else nullcontext()
 
 
 def projection(actor: CausalModel, steps: int) -> Callable[[Float[Tensor, "n F"]], Float[Tensor, "n V"]]:

@@ -112,7 +112,12 @@ def _record(actor: CausalModel) -> _Tape | None:
         return hidden[:, 0]  # type: ignore[no-any-return]
 
     tokens, positions = torch.zeros(2, _ROWS, 1, dtype=torch.int64).unbind()
-    with serving(actor.model, Recorder()), torch.no_grad(), _unlogged(), swift_products(actor.device):
+    with (
+        serving(actor.model, Recorder()),
+        torch.no_grad(),
+        _unlogged(),
+        swift_products(actor.model.get_input_embeddings().weight),
+    ):
         recorded = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(tokens, positions)
     calls = [node.target for node in recorded.graph.nodes if node.op == "call_function"]
     if any(isinstance(call, OpOverload) and call._schema.is_mutable for call in calls):
@@ -127,7 +132,7 @@ def _gap(actor: CausalModel, tape: _Tape, like: Slots) -> float:
     for played in (True, False):
         slots = Slots(like.windows, 3, actor.device)
         slots.reserve(4, 0)
-        with serving(actor.model, slots), torch.no_grad(), swift_products(actor.device):
+        with serving(actor.model, slots), torch.no_grad(), swift_products(actor.model.get_input_embeddings().weight):
             play = tape.over(slots)
             for t in range(3):
                 positions = torch.full((3,), t)
