@@ -214,9 +214,11 @@ def test_ppo_learns_through_adapters_alone(world: Path, tmp_path: Path) -> None:
         actor=OptimSettings(lr=0.1),
         critic=CriticSettings(source="trunk"),
         steps=12,
-        prompts_per_step=16,
+        prompts_per_step=32,
+        lora=replace(LORA, rank=8),
     )
-    ppo.run(replace(config, run=replace(config.run, checkpoint_every=None)))
+    often = PPOSettings(epochs=4, minibatches=2)
+    ppo.run(replace(config, ppo=often, run=replace(config.run, checkpoint_every=None)))
     scores = [float(str(row["score"])) for row in Run.open(tmp_path / "ppo").metrics() if "clip_fraction" in row]
     assert sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.2
 
