@@ -145,7 +145,7 @@ def _watch_phases() -> None:
         ppo: {"_collect": "collecting", "_prepare": "preparing", "_update": "learning", "_evaluate": "evaluating"},
         sft: {"likelihood_step": "learning", "_evaluate": "evaluating"},
         reward: {"train_step": "learning", "_judge": "evaluating", "_finish": "finishing"},
-        control: {"prepare": "preparing", "_judge": "evaluating", "_take_up_episodes": "restoring"},
+        control: {"prepare": "preparing", "_judge": "evaluating", "take_up_episodes": "restoring"},
     }.items():
         for name, phase in named.items():
             _phased(module, name, phase)

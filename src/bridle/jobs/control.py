@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 from gymnasium.vector import VectorEnv
-from torch import Tensor
 
 from bridle.control.collect import Collector, Rollout
 from bridle.control.environments import World
@@ -34,19 +33,20 @@ from bridle.control.policy import Sequences, Transitions
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.spaces import BoxActions
-from bridle.errors import ConfigError, NonFiniteStep, NonFiniteWorld, RunError
+from bridle.errors import ConfigError, NonFiniteStep, NonFiniteWorld
 from bridle.jobs.config import from_dict, require_sane, to_dict
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence
 from bridle.jobs.learner import Learner, check_gap
 from bridle.jobs.presets import KINDS, PRESETS, merged
 from bridle.jobs.session import RunSettings, Session, hold_place
 from bridle.jobs.sources import of_world
+from bridle.jobs.worlds import contain_world, enough, take_up_episodes, tell_deaths
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.trpo import TRPOSettings
-from bridle.runs.files import load_tensors, save_tensors
+from bridle.runs.files import save_tensors
 
 __all__ = ["ControlConfig", "default_config", "kind_of", "run", "train"]
 
@@ -208,7 +208,7 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
             learner = Learner(config, policy.to(session.device), acted)
             learner.restore(session)
             collector = Collector(acted, config.n_steps, device=session.device)
-            _take_up_episodes(collector, learner, session)
+            take_up_episodes(collector, learner, session)
             _train(config, learner, collector, judge, session)
             with session.run.export("policy") as folder:
                 save_policy(folder, learner.agent, config.network, env=config.env)
@@ -229,8 +229,8 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             try:
                 rollout = _collect(config, learner, collector, step)
             except NonFiniteWorld as fault:
-                _contain_world(config, collector, session, step, fault)
-                died = _tell_deaths(session, step, collector.world)
+                contain_world(config, collector, session, step, fault)
+                died = tell_deaths(session, step, collector.world)
                 session.record(step, {"actions": learner.progress.actions, "skipped": 1.0, **died})
                 session.end_step(step, last=step + 1, save=save)
                 continue
@@ -245,8 +245,9 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             again = {"anew": partial(ready, anew=True)} if config.recompute_advantages else {}
             try:
                 with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused
-                    enough = not rollout.lost.any() or _enough(config, rollout)
-                    updates = list(learner.update(ready(), seed=seed, step=step, **again)) if enough else []
+                    updates = (
+                        list(learner.update(ready(), seed=seed, step=step, **again)) if enough(config, rollout) else []
+                    )
                 check_gap(updates)
             except NonFiniteStep as fault:
                 contain(session, step, fault, config, _kept(config, learner, fault))
@@ -257,7 +258,7 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             judged = last or bool(config.evaluation_updates and step % config.evaluation_updates == 0)
             scores = _judge(config, learner, judge, session, step=step, last=last) if judged else {}
             shown: dict[str, float] = {}
-            died = _tell_deaths(session, step, collector.world, judge)
+            died = tell_deaths(session, step, collector.world, judge)
             if not updates:
                 session.record(step, {"actions": learner.progress.actions, "skipped": 1.0, **scores, **died})
             elif scores or died or step % config.record_every == 0:
@@ -275,70 +276,12 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             session.end_step(step, last=step if last else step + 1, save=save)
 
 
-def _tell_deaths(session: Session, step: int, *worlds: World) -> dict[str, float]:
-    """Keep as events, and say, which environments died and were made anew; count them, if there were any."""
-    lines = [line for world in worlds for line in world.told()]
-    for line in lines:
-        session.run.event("environment", f"step {step}: {line}", step=step)
-        session.say(f"step {step}: {line}")
-    return {"environments_made_anew": float(len(lines))} if lines else {}
-
-
-def _enough(config: ControlConfig, rollout: Rollout) -> bool:
-    """Whether what is left of a rollout in which environments died can be divided into minibatches."""
-    if rollout.memory is not None:
-        return bool(rollout.mask.any(dim=1).all())  # a unit is all that an environment did
-    minibatches = {"ppo": config.ppo.minibatches, "trpo": config.trpo.critic_minibatches, "a2c": 1}
-    return rollout.steps >= minibatches[config.algorithm]
-
-
 def _collect(config: ControlConfig, learner: Learner, collector: Collector, step: int) -> Rollout:
     """Let the environments start anew if it is time for it, and act."""
     if collector.idle or (config.restart_updates and (step - 1) % config.restart_updates == 0):
         collector.restart(seed=config.run.seed, step=step)
         learner.forget_episodes_in_progress()
     return collector.collect(learner.policy, learner.moments, seed=config.run.seed, step=step)
-
-
-def _contain_world(
-    config: ControlConfig, collector: Collector, session: Session, step: int, fault: NonFiniteWorld
-) -> None:
-    """Keep what led to it; return where the rollout may be left out, after which the environments start anew.
-
-    Raises:
-        WorldError: the run stops; as it was raised where nothing has been recorded yet and so nothing is to be lost.
-    """
-    if config.run.on_fault == "stop" and not session.run.metrics():
-        raise fault
-    assert isinstance(fault.given, Tensor)
-    tensors = {"given": fault.given, **{f"episodes/{name}": value for name, value in collector.led_here().items()}}
-    contain(session, step, fault, config, Kept(tensors=tensors, save_weights=lambda _: None, report={"world": True}))
-    collector.forget()
-
-
-def _take_up_episodes(collector: Collector, learner: Learner, session: Session) -> None:
-    """Bring the environments to where the checkpoint left them, by taking the same steps again.
-
-    Raises:
-        RunError: they led elsewhere: the environment is not determined by its seed and the actions.
-    """
-    if session.checkpoint is None:
-        return
-    kept = load_tensors(session.checkpoint.path / "episodes.safetensors")
-    while kept and not collector.replay(kept, learner.policy, seed=session.seed):
-        if not _tell_deaths(session, session.start, collector.world):
-            break  # else one died of the steps themselves, which says nothing of where they lead
-    else:
-        return
-    text = f"{collector.world.name}: the same seed and actions lead elsewhere than before the checkpoint"
-    if not session.force:
-        raise RunError(
-            f"{text}, so it cannot go on as the same run to the bit; let its episodes start anew with: "
-            f"bridle resume {session.run.path} --force"
-        )
-    session.run.event("forced", f"{text}; its episodes start anew", step=session.start)
-    session.say(f"{text}; its episodes start anew")
-    collector.forget()
 
 
 def _kept(config: ControlConfig, learner: Learner, fault: NonFiniteStep) -> Kept:
