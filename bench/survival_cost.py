@@ -1,6 +1,6 @@
 """What it costs to survive: training time with checkpoints and watching at the default settings, and with neither.
 
-    python bench/survival_cost.py control ppo     # write bench/results/survival_cost.json
+    python bench/survival_cost.py control sft reward ppo     # write bench/results/survival_cost.json
 
 Both kinds of run take turns in one process; medians of CPU seconds. A host that is shared disturbs that by more than is to
 be measured, so the wall clock inside saving and inside watching is added up too, within one run. These runs are short: the
@@ -24,7 +24,7 @@ from unittest.mock import patch
 from exactness import write_world
 
 from bridle.control.evaluate import EvaluationSettings
-from bridle.jobs import control, ppo
+from bridle.jobs import control, ppo, reward, sft
 from bridle.jobs.control import default_config
 from bridle.jobs.session import RunSettings, Session
 from bridle.language.data import DataSettings
@@ -66,7 +66,39 @@ def run_ppo(world: Path, path: Path) -> Path:
     )
 
 
-JOBS: dict[str, Callable[[Path, Path], Path]] = {"control": run_control, "ppo": run_ppo}
+def run_sft(world: Path, path: Path) -> Path:
+    """Thirty steps of a model of width 128."""
+    return sft.run(
+        sft.SFTConfig(
+            run=RunSettings(dir=path, threads=1, quiet=True),
+            model=ModelSettings(path=str(world / "model")),
+            data=DataSettings(path=str(world / "demos.jsonl")),
+            epochs=10,
+            batch_size=16,
+            evaluation=sft.EvaluationSettings(share=0.0),
+        )
+    )
+
+
+def run_reward(world: Path, path: Path) -> Path:
+    """Thirty steps of a reward model of width 128."""
+    return reward.run(
+        reward.RewardConfig(
+            run=RunSettings(dir=path, threads=1, quiet=True),
+            model=ModelSettings(path=str(world / "model")),
+            data=DataSettings(path=str(world / "pairs.jsonl")),
+            epochs=10,
+            batch_size=16,
+        )
+    )
+
+
+JOBS: dict[str, Callable[[Path, Path], Path]] = {
+    "control": run_control,
+    "sft": run_sft,
+    "reward": run_reward,
+    "ppo": run_ppo,
+}
 
 
 @contextmanager
@@ -99,7 +131,7 @@ def measure(name: str, rounds: int) -> dict[str, Json]:
     watching: list[float] = []  # share of each run
     with tempfile.TemporaryDirectory() as scratch:
         world, job = Path(scratch), JOBS[name]
-        if name == "ppo":
+        if name != "control":
             write_world(world)
         job(world, world / "warm")
         for turn in range(rounds):

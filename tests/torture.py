@@ -153,7 +153,8 @@ def _watch_phases() -> None:
         _phased(module, name, "restoring")
     _phased(Collector, "collect", "collecting")
     _phased(learner.Learner, "restore", "restoring")
-    for module in (learner.ppo, learner.a2c):
+    updates: list[Any] = [sys.modules["bridle.learn.ppo"], sys.modules["bridle.learn.a2c"]]
+    for module in updates:
         own = module.update
 
         def slowly(*arguments: Any, own: Any = own, **named: Any) -> Iterator[Any]:
@@ -176,7 +177,8 @@ def _watch_phases() -> None:
 
 def _watch_files() -> None:
     """Count every dealing with the file system that a run's safety rests on."""
-    append, fsync, rename, save = directory.append_line, os.fsync, os.rename, safetensors.torch.save_file
+    records: Any = directory
+    append, fsync, rename, save = records.append_line, os.fsync, os.rename, safetensors.torch.save_file
     replace, remove = os.replace, shutil.rmtree
 
     def half_a_line(path: Path, value: Any, texts: bool) -> None:
@@ -206,10 +208,10 @@ def _watch_files() -> None:
     def rmtree(path: Any, *rest: Any, **named: Any) -> None:
         _dealing("removal", lambda: remove(path, *rest, **named), lambda: half_a_folder(path))
 
-    directory.append_line = append_line
+    records.append_line = append_line
     safetensors.torch.save_file = save_file  # type: ignore[assignment]
     shutil.rmtree = rmtree  # type: ignore[assignment]
-    os.fsync = lambda descriptor: _dealing("fsync", lambda: fsync(descriptor))
+    os.fsync = lambda fd: _dealing("fsync", lambda: fsync(fd))
     os.rename = lambda *arguments: _dealing("rename", lambda: rename(*arguments))
     os.replace = lambda *arguments: _dealing("rename", lambda: replace(*arguments))
 

@@ -13,7 +13,7 @@ import torch
 
 from bridle.errors import TrainingError
 from bridle.jobs import ppo, reward, sft
-from bridle.language import prompts
+from bridle.language import likelihood, prompts
 from bridle.language.prompts import MixSettings
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.sampler.engine import EmbeddedSampler
@@ -230,7 +230,7 @@ def test_the_mix_comes_in_parts_and_the_policys_gradient_counts_once(
         "mix": MixSettings(path=str(world / "demos.jsonl"), coefficient=0.5, batch=6),
     }
     ppo.run(ppo_config(world, tmp_path / "roomy", **settings))
-    right, refused = prompts.token_losses, 0
+    right, refused = likelihood.token_losses, 0
 
     def losses(model: Any, batch: Any, tokens: int | None, computing: Any) -> Any:
         nonlocal refused

@@ -60,7 +60,7 @@ def settings(tmp_path: Path, **changes: object) -> RunSettings:
 def interrupt(after: int, number: int = signal.SIGINT, times: int = 1) -> Callable[[int, Session], None]:
     def act(step: int, _: Session) -> None:
         if step == after:
-            for _ in range(times):
+            for _time in range(times):
                 os.kill(os.getpid(), number)
 
     return act
@@ -248,7 +248,13 @@ def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_numbers_are_shown_short() -> None:
-    numbers = {"reward": 0.123456, "KL_to_ref": 31.0, "clip": "8 %", "n": 12345, "lr": 1e-6}
+    numbers: dict[str, float | int | str] = {
+        "reward": 0.123456,
+        "KL_to_ref": 31.0,
+        "clip": "8 %",
+        "n": 12345,
+        "lr": 1e-6,
+    }
     assert format_numbers(numbers) == "reward 0.123 | KL to ref 31 | clip 8 % | n 12345 | lr 1e-06"
 
 
@@ -282,8 +288,8 @@ def test_force_goes_on_and_records_what_changed(tmp_path: Path) -> None:
     assert event["changes"] == ["rate=0.25 is another setting", "threads is 2 and was 1"]
     head = load_json(config.run.dir / "config.json")
     assert isinstance(head, dict)
-    (lineage,) = head["lineage"]  # type: ignore[misc]
-    assert (lineage["after_step"], lineage["changes"]) == (6, event["changes"])  # type: ignore[index,call-overload]
+    (lineage,) = head["lineage"]
+    assert (lineage["after_step"], lineage["changes"]) == (6, event["changes"])
     assert run.config["rate"] == 0.25
     assert run.depends["machine"]["threads"] == 2  # type: ignore[index,call-overload]
 
@@ -466,8 +472,8 @@ def test_what_is_forced_is_said_of_the_step_that_the_run_goes_on_after(tmp_path:
     toy(replace(config, rate=0.25), resume=True, force=True)
     head = load_json(config.run.dir / "config.json")
     assert isinstance(head, dict)
-    (lineage,) = head["lineage"]  # type: ignore[misc]
-    assert lineage["after_step"] == 4  # type: ignore[index,call-overload]
+    (lineage,) = head["lineage"]
+    assert lineage["after_step"] == 4
 
 
 def test_a_checkpoint_that_cannot_be_read_here_is_refused_before_config_json_changes(tmp_path: Path) -> None:
@@ -485,8 +491,8 @@ def test_a_setting_that_newer_code_has_brought_is_not_blamed_on_the_user(tmp_pat
     head = load_json(config.run.dir / "config.json")
     assert isinstance(head, dict)
     for name in ("config", "resolved"):
-        del head[name]["run"]["on_fault"]  # type: ignore[index,call-overload,union-attr]
-    head["depends"]["code"]["bridle"] = "0.0.1"  # type: ignore[index,call-overload]
+        del head[name]["run"]["on_fault"]
+    head["depends"]["code"]["bridle"] = "0.0.1"
     save_json(config.run.dir / "config.json", head)
     with pytest.raises(RunError, match=r"^bridle is .* and was 0\.0\.1 when .*; pip install bridle==0\.0\.1, or"):
         toy(config, resume=True)
