@@ -322,3 +322,35 @@ def test_side_by_side_under_a_flat_optimiser_they_learn_as_the_plain_path(
         torch.testing.assert_close(found.logp, seen.logp.detach(), rtol=1e-5, atol=1e-5)
         for parameter, theirs in zip(policy.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, theirs, rtol=2e-4, atol=2e-6)
+
+
+def test_slopes_may_lie_in_any_way() -> None:
+    """Every other number of a longer row, the same number throughout, and float64: what other objectives may hand over."""
+    policy, rows = build(*SHAPES[2]), 40
+    given, along = units(*SHAPES[2][:3], rows), slopes(2 * rows)
+    odd = Slopes(
+        logp=None if along.logp is None else along.logp[::2],
+        entropy=torch.tensor(0.1).expand(rows),
+        value=None if along.value is None else along.value[::2].double(),
+    )
+    found, expected = (gradients(policy, given, how, odd)[1] for how in (policy.vjp, lambda u: plain_vjp(policy, u)))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_states_of_another_width_are_refused(width: int) -> None:
+    policy, given = build(*SHAPES[0]), units(width, "discrete", 2, 12)
+    acting = policy.acting(units(*SHAPES[0][:3], 12).observations, 1, np.random.default_rng(0))
+    for ask in (lambda: policy.vjp(given), lambda: acting.act(given.observations, None)):
+        with pytest.raises(ValueError, match="states of shape|matmul"):
+            ask()
+
+
+def test_buffers_of_few_sizes_are_kept() -> None:
+    """Values are asked for as many states as a rollout has and as many more as it has cut: each time another number."""
+    policy = build(*SHAPES[0])
+    with torch.no_grad():
+        for rows in range(1, 30):
+            policy.values(units(*SHAPES[0][:3], rows).observations, None)
+    assert len(policy._nets._alone[1].free) <= 4

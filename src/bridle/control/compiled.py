@@ -81,7 +81,7 @@ def serves(nets: Sequence[Sequence[Tensor]]) -> bool:
     return library is not None and all(
         len(net) <= 2 * _LAYERS
         and max(net[0].shape[-1], *(len(tensor) for tensor in net)) <= _WIDEST
-        and all(tensor.is_contiguous() and tensor.dtype is torch.float32 for tensor in net)
+        and all(t.is_contiguous() and t.dtype is torch.float32 and t.device.type == "cpu" for t in net)
         for net in nets
     )
 
@@ -93,12 +93,14 @@ class Stack:
         self.nets = nets
         self.tanh = tanh
         self.free: list[Run] = []
+        self._width = nets[0][0].shape[1]
         self._known: list[Tensor | None] = []
         self.gradients: list[list[Tensor]] = []
 
     def run(self, vector: Float[Tensor, "n D"]) -> Run:
         """Run forward over n states, in free buffers if there are any."""
         rows = len(vector)
+        _require_shape(vector, rows, self._width)
         for place, kept in enumerate(self.free):
             if kept.rows == rows:
                 run = self.free.pop(place)
@@ -107,6 +109,11 @@ class Stack:
             run = Run(self, rows)
         run.forward(vector)
         return run
+
+    def let_go(self, run: Run) -> None:
+        """Keep the buffers of a run that is over."""
+        self.free.append(run)
+        del self.free[:-_KEPT]
 
     def find_gradients(self) -> None:
         """Follow gradients that have moved; where there are none there are zeros then."""
@@ -154,7 +161,10 @@ class Run:
             library.perceptron_forward(net, vector.data_ptr())
 
     def pull_back(self, slopes: Sequence[Float[Tensor, "A n"]]) -> None:
-        """Add to the weights' gradients what ``slopes`` of each net's outputs come to; the run is over then."""
+        """Add to the weights' gradients what ``slopes`` of each net's outputs come to; the run is over then.
+
+        They are float32 and lie row by row.
+        """
         stack = self._stack
         stack.find_gradients()
         if self._gradients is not stack.gradients:
@@ -164,9 +174,8 @@ class Run:
                     (net.bias_gradient if place % 2 else net.weight_gradient)[place // 2] = gradient.data_ptr()
         assert self._vector is not None
         for net, own in zip(self._pointers, slopes, strict=True):
-            library.perceptron_backward(net, self._vector.data_ptr(), own.contiguous().data_ptr())
-        stack.free.append(self)
-        del stack.free[:-_KEPT]
+            library.perceptron_backward(net, self._vector.data_ptr(), own.data_ptr())
+        stack.let_go(self)
 
 
 class Frozen:
@@ -184,11 +193,19 @@ class Frozen:
         self._net.work = work.data_ptr()
         self._kept = [*turned, *hidden, work]
         self._pointer = ctypes.byref(self._net)
+        self._shape = rows, net[0].shape[1]
 
     def outputs(self, vector: Float[Tensor, "n D"], out: NDArray[np.float32]) -> None:
         """Write the outputs [n, A] in n states to ``out``."""
+        _require_shape(vector, *self._shape)
         self._net.out = out.ctypes.data
         library.perceptron_forward(self._pointer, vector.data_ptr())
+
+
+def _require_shape(vector: Tensor, rows: int, width: int) -> None:
+    """Refuse states that compiled code would read beyond."""
+    if vector.shape != (rows, width):
+        raise ValueError(f"states of shape {tuple(vector.shape)}, expected {(rows, width)}")
 
 
 def _net(

@@ -68,7 +68,7 @@ class Perceptrons:
         self._hold()
         stack = self._alone[net]
         run = stack.run(vector)
-        stack.free.append(run)  # type: ignore[arg-type]
+        stack.let_go(run)  # type: ignore[arg-type]
         return run.outputs[0].clone()
 
     def frozen(self, net: int, rows: int) -> Frozen | compiled.Frozen:
@@ -166,8 +166,7 @@ class Run:
             if depth:
                 above = self._scratch[depth - 1]
                 np.matmul(slope.array, stack.hidden[depth].weight, out=above.array)
-        stack.free.append(self)
-        del stack.free[:-_KEPT]
+        stack.let_go(self)
 
 
 class Frozen:
@@ -234,6 +233,11 @@ class _Stack:
             run = Run(self, rows)
         run.forward(vector)
         return run
+
+    def let_go(self, run: Run) -> None:
+        """Keep the buffers of a run that is over."""
+        self.free.append(run)
+        del self.free[:-_KEPT]
 
     def gradients(self) -> tuple[list[tuple[list[Array], list[Array]]], list[_Last]]:
         """Return where gradients lie now, of the hidden layers and of the last ones; zero where there were none."""

@@ -67,10 +67,11 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         )
 
         def pull_back(slopes: Slopes) -> None:
-            to_actor = found.gradient(slopes.logp, slopes.entropy)
+            to_logp, to_entropy, to_value = map(_plain, (slopes.logp, slopes.entropy, slopes.value))
+            to_actor = found.gradient(to_logp, to_entropy)
             if log_std is not None:
                 self._spread(found.spread)
-            left = [to_actor, torch.zeros_like(values) if slopes.value is None else slopes.value[None]]
+            left = [to_actor, torch.zeros_like(values) if to_value is None else to_value[None]]
             for run in runs:
                 run.pull_back([left.pop(0) for _ in run.outputs])
 
@@ -124,6 +125,11 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
     def _by_hand(self, observations: Observations) -> bool:
         vector = observations.vector
         return observations.mask is None and vector.dtype is torch.float32 and vector.device.type == "cpu"
+
+
+def _plain(slope: Float[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
+    """Lay slopes as the networks read them: float32 numbers one after the other."""
+    return None if slope is None else slope.to(torch.float32).contiguous()
 
 
 def _drawn(p: NDArray[np.float32], draws: np.random.Generator) -> Int[Tensor, " n"]:
