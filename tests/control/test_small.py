@@ -343,7 +343,7 @@ def test_states_of_another_width_are_refused(width: int) -> None:
     policy, given = build(*SHAPES[0]), units(width, "discrete", 2, 12)
     acting = policy.acting(units(*SHAPES[0][:3], 12).observations, 1, np.random.default_rng(0))
     for ask in (lambda: policy.vjp(given), lambda: acting.act(given.observations, None)):
-        with pytest.raises(ValueError, match="states of shape|matmul"):
+        with pytest.raises(ValueError, match=r"states of shape|matmul"):
             ask()
 
 
