@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from gymnasium import spaces
 
 from bridle.batch import Batch
-from bridle.control import compiled
+from bridle.control import compiled, compiling
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.compiling import compile_small
 from bridle.control.networks import NetworkSettings, build_policy
@@ -345,6 +346,21 @@ def test_states_of_another_width_are_refused(width: int) -> None:
     for ask in (lambda: policy.vjp(given), lambda: acting.act(given.observations, None)):
         with pytest.raises(ValueError, match=r"states of shape|matmul"):
             ask()
+
+
+def test_what_was_built_from_another_source_is_not_used(tmp_path: Path, library: object) -> None:
+    """As where the source has been renewed and nobody has compiled it since: structures may lie otherwise."""
+    if isinstance(library, str):
+        pytest.skip(f"not compiled: {library}")
+    source = Path(compiling.__file__).with_name("small.c")
+    older = tmp_path / "small.c"
+    older.write_text(source.read_text() + "/* older */\n")
+    assert compile_small(tmp_path / "older.so", older) is None
+    assert compiled.load(tmp_path / "older.so") is None
+    oldest = source.read_text().replace("perceptron_source", "another_name")
+    older.write_text(oldest)
+    assert compile_small(tmp_path / "oldest.so", older) is None
+    assert compiled.load(tmp_path / "oldest.so") is None
 
 
 def test_buffers_of_few_sizes_are_kept() -> None:

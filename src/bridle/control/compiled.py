@@ -7,6 +7,7 @@ no numbers of its own: weights, gradients and layers are PyTorch's and lie where
 from __future__ import annotations
 
 import ctypes
+import zlib
 from collections.abc import Sequence
 from operator import is_
 from pathlib import Path
@@ -50,15 +51,18 @@ class _Net(ctypes.Structure):
 
 
 def load(place: Path) -> Any:
-    """Open the compiled code at ``place``; None where there is none, or none for this machine."""
+    """Open the compiled code at ``place``; None where there is none, none for this machine, or one of another source."""
     if not place.is_file():
         return None
     try:
         found = ctypes.CDLL(str(place))
-    except OSError:  # built for another machine
+        source = found.perceptron_source
+    except (OSError, AttributeError):  # built for another machine, or before it said of what
         return None
     net, at, count = ctypes.POINTER(_Net), ctypes.c_void_p, ctypes.c_int64
-    found.perceptron_work.restype = count
+    source.restype = found.perceptron_work.restype = count
+    if source() != zlib.crc32(Path(__file__).with_name("small.c").read_bytes()):
+        return None
     for name, arguments in (
         ("perceptron_work", [net]),
         ("perceptron_forward", [net, at]),

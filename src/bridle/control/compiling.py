@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 __all__ = ["compile_small"]
@@ -38,7 +39,10 @@ def compile_small(place: Path, source: Path | None = None) -> str | None:
     fresh = place.with_suffix(f".{os.getpid()}.tmp")
     try:
         done = subprocess.run(
-            [*compiler, *_FLAGS, "-o", str(fresh), str(source), "-lm"], capture_output=True, text=True, check=False
+            [*compiler, *_FLAGS, f"-DSOURCE={zlib.crc32(source.read_bytes())}", "-o", str(fresh), str(source), "-lm"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             return f"{' '.join(compiler)} said: {' '.join(done.stderr.split())[:300]}"
