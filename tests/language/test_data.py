@@ -117,7 +117,7 @@ GOOD = b'{"prompt": "a", "answer": "b"}\n'
         ("a.parquet", b"PAR1 not really", "is not Parquet"),
         ("a.parquet", b"", "is not Parquet"),
         ("a.jsonl.gz", GOOD, "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-12], "cannot be read: "),
+        ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-12], "cannot be read: "),
         ("a.txt", b"once", r"unknown kind of file; known are \.jsonl"),
         ("a.jsonl", b'{"prompt": "a"}\n', r"line 1 has no column 'answer' \(it has: prompt\); .*--data"),
         ("a.jsonl", GOOD + b'{"prompt": "a", "answer": 3}\n', "line 2: 'answer' is a number, expected text"),
