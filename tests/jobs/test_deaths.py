@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bridle.control.collect import Collector
 from bridle.control.evaluate import EvaluationSettings
 from bridle.control.making import WorldSettings
 from bridle.control.networks import NetworkSettings
@@ -64,6 +65,32 @@ def test_a_run_in_which_environments_died_is_taken_up_as_the_run_that_it_was(
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     events = [event for event in Run.open(cut).events() if event["kind"] == "environment"]
     assert len(events) == 3, "taking the same steps again is no death"
+
+
+def test_a_death_while_a_run_is_taken_up_is_none_of_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made anew from the seed that it would have begun with, and loses nothing."""
+    asked = (tickets(tmp_path / "tickets", 0),)
+    whole = run(fated(tmp_path / "whole", asked))
+    cut, replay = tmp_path / "cut", Collector.replay
+    shutil.copytree(whole, cut)
+    forget_after(cut, 3)
+
+    def kill_and_replay(self: Collector, *arguments: Any, **more: Any) -> bool:
+        assert self.world._processes is not None
+        process = self.world._processes.processes[0]
+        assert process is not None
+        process.kill()
+        process.join()
+        return replay(self, *arguments, **more)
+
+    monkeypatch.setattr(Collector, "replay", kill_and_replay)
+    run(fated(cut, asked), resume=True)
+    for name in ("metrics.jsonl", "policy/policy.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    (event,) = [event for event in Run.open(cut).events() if event["kind"] == "environment"]
+    assert event["step"] == 3
 
 
 def test_a_death_is_an_event_a_line_and_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ def take_up_episodes(collector: Collector, learner: Learner, session: Session) -
         if not tell_deaths(session, session.start, collector.world):
             break  # else one died of the steps themselves, which says nothing of where they lead
     else:
+        tell_deaths(session, session.start, collector.world)  # now: they are no part of the next step
         return
     text = f"{collector.world.name}: the same seed and actions lead elsewhere than before the checkpoint"
     if not session.force:
