@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import SyncVectorEnv
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from bridle.control.environments import World
 from bridle.control.making import WorldSettings, make_world
-from bridle.errors import ConfigError, WorldError
-from tests.control.worlds import MODES
+from bridle.errors import ConfigError, NonFiniteWorld, WorldError
+from tests.control.worlds import MODES, Counter
 
 Transition = tuple[tuple[float, ...], float, tuple[float, ...], bool, bool]
 
@@ -133,6 +135,34 @@ def test_a_world_that_goes_wrong_is_told_in_one_line(env: str, words: str) -> No
         world.step(np.zeros(1, dtype=np.int64))
     assert "\n" not in str(refusal.value)
     world.close()
+
+
+class Lopsided(Counter):
+    """Ends at its second step, and shows what is not finite there if it is not ``sound``."""
+
+    def __init__(self, sound: bool) -> None:
+        super().__init__()
+        self.sound = sound
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        shown, reward, *_ = super().step(action)
+        over = self.t == (3 if self.sound else 2)
+        return (shown if self.sound or not over else np.full_like(shown, np.nan)), reward, over, False, {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_environment_whose_last_observation_is_not_finite_is_named(mode: str) -> None:
+    """Also where another one goes on: in SAME_STEP what ended shows its last observation apart."""
+    resets = AutoresetMode[mode.upper()]
+    envs = SyncVectorEnv([lambda i=i: Lopsided(sound=i != 2) for i in range(3)], autoreset_mode=resets)
+    world = World("here", envs)
+    world.reset(0)
+    world.step(np.zeros(3, np.int64))
+    with pytest.raises(NonFiniteWorld, match="environment 2 showed an observation that is not finite") as found:
+        world.step(np.zeros(3, np.int64))
+    assert found.value.rows == (2,)
+    assert isinstance(found.value.given, torch.Tensor)
+    assert torch.isfinite(found.value.given).all(dim=1).tolist() == [True, True, False]
 
 
 def test_a_world_that_does_not_say_how_it_resets_is_refused() -> None:

@@ -174,7 +174,8 @@ class World:
             return shown, shown
         ended = torch.from_numpy(np.flatnonzero(done))
         if self._mode is AutoresetMode.SAME_STEP:
-            successors = shown.with_rows(ended, self._encode_each([info["final_obs"][i] for i in ended.tolist()]))
+            last = self.observations.encode_each([info["final_obs"][i] for i in ended.tolist()])
+            successors = self._finite(shown.with_rows(ended, last))
             return successors, self._masks.attach(shown, info, idle=nobody)
         if self._mode is AutoresetMode.DISABLED:
             with foreign(self.name, "reset"):
@@ -193,9 +194,6 @@ class World:
 
     def _encode(self, raw: Any) -> Observations:
         return self._finite(self.observations.encode(raw))
-
-    def _encode_each(self, raws: list[Any]) -> Observations:
-        return self._finite(self.observations.encode_each(raws))
 
     def _finite(self, encoded: Observations) -> Observations:
         numbers = encoded.vector.numpy()
