@@ -328,6 +328,7 @@ def model_mistakes() -> Iterator[Mistake]:
         ("an adapter of layers that are not there", "foreign", ""),
         ("an adapter of narrower layers", "narrow-adapter", ""),
         ("an infinite adapter", "infinite", ""),
+        ("an adapter of whole numbers", "whole-numbers", ""),
         ("an adapter that is a model too", "both", ""),
         ("a pickled adapter", "pickled-adapter", ""),
         ("an adapter's torn description", "torn-adapter", "not JSON:"),

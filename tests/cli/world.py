@@ -267,6 +267,7 @@ def adapters(world: Path) -> None:
     adapter("foreign", layer="c_attn")
     adapter("narrow-adapter", pair=LowRank(a=torch.ones(2, 16), b=torch.zeros(32, 2)))
     adapter("infinite", pair=LowRank(a=torch.full((2, 32), torch.inf), b=torch.zeros(32, 2)))
+    adapter("whole-numbers", pair=LowRank(a=torch.ones(2, 32, dtype=torch.int32), b=torch.zeros(32, 2)))
     adapter("both").joinpath("config.json").write_text("{}")
     (adapter("pickled-adapter") / "adapter_model.safetensors").rename(world / "pickled-adapter/adapter_model.bin")
     (adapter("torn-adapter") / "adapter_config.json").write_text("{")

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,14 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.fuzz.target import Target
 
 CRASHES = Path(__file__).parent / "crashes"
 SLOW = 3.0
 """Processor seconds for one input that are a fault."""
 LARGE = 300 * 2**10
 """KiB that one input may add to the process."""
-_LIBFUZZER = ("-max_len=20000", "-timeout=100", "-rss_limit_mb=8192", "-len_control=0")
+PARENTS = 500
+"""Sound inputs that are kept to be changed."""
+_LIBFUZZER = ("-max_len=20000", "-timeout=100", "-rss_limit_mb=8192", "-len_control=0", "-mutate_depth=1")
 _PROGRESS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 
 
@@ -52,76 +58,89 @@ class Tally:
             self.crashes[f"{what} at {place}"] = path.name
 
 
+class Watch:
+    """Gives inputs to one target until its time is over, and counts what came of them."""
+
+    def __init__(self, target: Target, folder: Path, seconds: float) -> None:
+        """Prepare ``folder`` for ``target``."""
+        target.prepare(folder)
+        self.target, self.folder, self.seconds = target, folder, seconds
+        self.tally = Tally()
+        self.sound = target.seeds(folder)
+        """inputs that were taken, the seeds first."""
+        self.began = time.process_time()
+
+    def give(self, data: bytes) -> None:
+        """Let the target take ``data``."""
+        from tests.fuzz.target import try_one  # late: what it imports of bridle is to be instrumented
+
+        name, tally = self.target.name, self.tally
+        started, size = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            refusal = try_one(self.target, data, self.folder)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            last = ([frame for frame in frames if "/bridle/" in frame.filename] or frames)[-1]
+            what = f"{type(error).__name__}: {str(error)[:80]!r}"
+            tally.crash(name, data, what, f"{Path(last.filename).name}:{last.name}")
+        else:
+            tally.accepted += not refusal
+            tally.refusals.add(re.sub(r"'.*?'|\d+", "·", refusal)[:60])
+            if not refusal and len(self.sound) < PARENTS:
+                self.sound.append(data)
+        tally.inputs += 1
+        taken = time.process_time() - started
+        if taken > SLOW:
+            tally.crash(name, data, "slow", f"{taken:.0f} s")
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size > LARGE:
+            tally.crash(name, data, "large", "one input")
+
+    def change(self, data: bytes, draws: Random, mutate: Callable[[bytes], bytes]) -> bytes:
+        """Make another input: one change of a sound one, half the time; else something odd, from libFuzzer's own pool."""
+        if draws.random() < 0.5:
+            return self.target.vary(draws.choice(self.sound), draws)
+        return self.target.mutate(data, draws) if draws.random() < 0.7 else mutate(data)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is."""
+        return time.process_time() - self.began > self.seconds
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What came of it."""
+        return {
+            "inputs": self.tally.inputs,
+            "accepted": self.tally.accepted,
+            "different_refusals": len(self.tally.refusals),
+            "crashes": self.tally.crashes,
+            "processor_seconds": round(time.process_time() - self.began, 1),
+        }
+
+
 def child(name: str, seconds: float, seed: int, corpus: Path, report: Path) -> None:
     """Fuzz one target in this process, and leave it."""
     import atheris
 
     with atheris.instrument_imports(include=["bridle"], enable_loader_override=False):
-        from tests.fuzz.mutate import mutate
-        from tests.fuzz.targets import TARGETS, try_one
-    target, tally = TARGETS[name], Tally()
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home)
-        target.prepare(folder)
-        for number, data in enumerate(target.seeds(folder)):
+        from tests.fuzz.targets import TARGETS
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Watch(TARGETS[name], Path(folder), seconds)
+        for number, data in enumerate(watch.sound):
             (corpus / f"seed-{number}").write_bytes(data)
-        began = time.process_time()
 
         def one(data: bytes) -> None:
-            started, size = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            try:
-                refusal = try_one(target, data, folder)
-            except Exception as error:
-                frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/bridle/" in frame.filename]
-                last = frames[-1] if frames else traceback.extract_tb(error.__traceback__)[-1]
-                tally.crash(
-                    name,
-                    data,
-                    f"{type(error).__name__}: {str(error)[:80]!r}",
-                    f"{Path(last.filename).name}:{last.name}",
-                )
-            else:
-                tally.accepted += not refusal
-                tally.refusals.add(re.sub(r"'.*?'|\d+", "·", refusal)[:60])
-            tally.inputs += 1
-            taken = time.process_time() - started
-            if taken > SLOW:
-                tally.crash(name, data, "slow", f"{taken:.0f} s")
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size > LARGE:
-                tally.crash(name, data, "large", "one input")
-            if time.process_time() - began > seconds:
-                report.write_text(
-                    json.dumps(
-                        {
-                            "inputs": tally.inputs,
-                            "accepted": tally.accepted,
-                            "different_refusals": len(tally.refusals),
-                            "crashes": tally.crashes,
-                            "processor_seconds": round(time.process_time() - began, 1),
-                        }
-                    )
-                )
+            watch.give(data)
+            if watch.is_over:
+                report.write_text(json.dumps(watch.figures))
                 sys.stderr.flush()
+                shutil.rmtree(folder)
                 os._exit(0)  # libFuzzer would go on
 
         def change(data: bytes, most: int, key: int) -> bytes:
-            draws = Random(key)
-            new = mutate(data, draws) if draws.random() < 0.7 else bytes(atheris.Mutate(data, most))
-            return new[:most]
+            return watch.change(data, Random(key), lambda given: bytes(atheris.Mutate(given, most)))[:most]
 
-        atheris.Setup(
-            [
-                sys.argv[0],
-                f"-seed={seed}",
-                "-max_len=20000",
-                "-timeout=100",
-                "-rss_limit_mb=8192",
-                "-len_control=0",
-                str(corpus),
-            ],
-            one,
-            custom_mutator=change,
-        )
+        atheris.Setup([sys.argv[0], f"-seed={seed}", *_LIBFUZZER, str(corpus)], one, custom_mutator=change)
         atheris.Fuzz()
 
 
@@ -202,9 +221,9 @@ def main() -> None:
             found["lines"] = lines_reached(name, corpus)
         results[name] = found
         print(f"{name}: {json.dumps(found)}", flush=True)
-    if asked.output is not None:
-        command = f"scripts/fuzz --seconds {asked.seconds:g} --seed {asked.seed} --output {asked.output}"
-        asked.output.write_text(json.dumps({"command": command, "targets": results}, indent=2) + "\n")
+        if asked.output is not None:  # after each, so that a hunt that is cut short leaves what it found
+            command = f"scripts/fuzz --seconds {asked.seconds:g} --seed {asked.seed} --output {asked.output}"
+            asked.output.write_text(json.dumps({"command": command, "targets": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

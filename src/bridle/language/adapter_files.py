@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,6 +46,8 @@ LARGEST_RANK = 65_536
 """A rank is at most the smaller side of a layer, and no layer is that wide."""
 LARGEST_ALPHA = 1e6
 """α beyond it is a slip: the paper's is of the size of r."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Kinds of numbers that an adapter may hold, as safetensors names them."""
 _PREFIX = "base_model.model."
 _HEAD = f"{_PREFIX}score.weight"
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -109,8 +112,8 @@ def is_adapter(folder: Path) -> bool:
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's folder.
 
-    Raises ModelError where it is no plain LoRA adapter, its weights are pickled, not whole, not finite, or not pairs of one
-    rank.
+    Raises ModelError where it is no plain LoRA adapter, its weights are pickled, not whole, no floating-point numbers, not
+    finite, or not pairs of one rank.
     """
     config = _config(folder)
     if not (folder / WEIGHTS).is_file():
@@ -118,6 +121,7 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"only pickled weights ({pickled[0]}), which are never opened" if pickled else f"no {WEIGHTS}"
         raise ModelError(f"{folder} holds {what}; save the adapter with safetensors")
     shapes = tensor_shapes(folder / WEIGHTS)
+    _require_floats(folder / WEIGHTS)
     rank, alpha = _rank(folder, config), _alpha(folder, config)
     names = sorted({_layer(folder, name) for name in shapes if name != _HEAD})
     if not names:
@@ -169,6 +173,17 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if "peft_type" not in config:
         raise ModelError(f'{path} lacks "peft_type"; only plain LoRA adapters are read')
     return config
+
+
+def _require_floats(path: Path) -> None:
+    """Refuse tensors of other numbers: PyTorch casts some to float32 without a word, and others not at all."""
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _FLOATS:
+                raise ModelError(
+                    f"{path}: {name[:120]} holds {kind}, expected {', '.join(_FLOATS)}; save the adapter anew"
+                )
 
 
 def _rank(folder: Path, config: Mapping[str, Any]) -> int:

@@ -47,6 +47,7 @@ from bridle.runs.files import (
     load_json,
     read_lines,
     save_json,
+    step_of,
     sync,
     write_lines,
 )
@@ -78,8 +79,8 @@ _ENDINGS = {"finish": RunState.FINISHED, "stop": RunState.STOPPED, "fail": RunSt
 
 
 def _step_of(row: Mapping[str, Json]) -> int:
-    step = row.get("step")
-    if not isinstance(step, int):
+    step = step_of(row)
+    if step is None:
         raise RunError("a record without a step; the run's files were altered")
     return step
 

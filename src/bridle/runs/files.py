@@ -28,9 +28,11 @@ __all__ = [
     "file_digest",
     "load_json",
     "load_tensors",
+    "read_line",
     "read_lines",
     "save_json",
     "save_tensors",
+    "step_of",
     "sync_tree",
     "write_text",
 ]
@@ -157,6 +159,23 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Json]], *, texts: bool
     write_bytes(path, b"".join(_dumps(value, texts=texts) + b"\n" for value in values))
 
 
+def read_line(line: bytes, *, texts: bool = False) -> JsonObject | None:
+    """Read one JSON object, NaN and infinities as the module says; None where the line holds none, or one nested too deeply."""
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict):
+            return row if texts else {name: _decode(item) for name, item in row.items()}
+    except (ValueError, RecursionError):
+        pass
+    return None
+
+
+def step_of(row: Mapping[str, Json]) -> int | None:
+    """A record's step; None where it has none."""
+    step = row.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
 def read_lines(path: Path, *, texts: bool = False, lenient: bool = False) -> list[JsonObject]:
     """Read a JSONL file; a missing file is empty and a torn last line is left out; with ``lenient`` every damaged one is.
 
@@ -170,15 +189,11 @@ def read_lines(path: Path, *, texts: bool = False, lenient: bool = False) -> lis
         raise RunError(f"{path} cannot be read ({error.strerror}); make it readable") from None
     rows: list[JsonObject] = []
     for number, line in enumerate(complete, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) and lenient:
-            continue
-        if not isinstance(row, dict):
+        row = read_line(line, texts=texts)
+        if row is not None:
+            rows.append(row)
+        elif not lenient:
             raise RunError(f"{path} line {number} is damaged; delete that line to go on without it")
-        rows.append(row if texts else {name: _decode(item) for name, item in row.items()})
     return rows
 
 

@@ -6,7 +6,6 @@ run that is taken up. So damage behind a checkpoint is cut off, with what came a
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from bridle.errors import RunError
 from bridle.runs.checkpoints import Checkpoint, vouched_lines
-from bridle.runs.files import write_bytes
+from bridle.runs.files import read_line, step_of, write_bytes
 
 __all__ = ["count_lines", "cut_back", "drop_damaged_lines"]
 
@@ -51,7 +50,7 @@ def cut_back(path: Path, newest: Callable[[], Checkpoint | None]) -> str | None:
 def drop_damaged_lines(path: Path) -> str | None:
     """Leave the damaged lines of a file of events out; return what to say of it, None where nothing is."""
     lines = _lines(path)
-    whole = [line for line in lines if _object(line) is not None]
+    whole = [line for line in lines if read_line(line, texts=True) is not None]
     if len(whole) == len(lines):
         return None
     _keep(path)
@@ -74,18 +73,9 @@ def _lines(path: Path) -> list[bytes]:
     return [line + b"\n" for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
-def _object(line: bytes) -> dict[str, object] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _step(line: bytes) -> int | None:
-    row = _object(line)
-    step = None if row is None else row.get("step")
-    return step if isinstance(step, int) else None
+    row = read_line(line)
+    return None if row is None else step_of(row)
 
 
 def _keep(path: Path) -> None:
