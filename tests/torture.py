@@ -228,8 +228,11 @@ class Job:
     """of the folder of the text world, and the run's directory."""
 
 
+_KEPT = {"keep_checkpoints": 2, "keep_every": 3}
+
+
 def _run_settings(path: Path) -> RunSettings:
-    return small.run_settings(path, checkpoint_every=2, keep_checkpoints=2, keep_every=3)
+    return small.run_settings(path, checkpoint_every=2, **_KEPT)
 
 
 def _control(_: Path, path: Path, **changes: Any) -> control.ControlConfig:
@@ -261,7 +264,7 @@ JOBS = {
         config=lambda world, path: small.sft_config(
             world,
             path,
-            run={"keep_checkpoints": 2, "keep_every": 3},
+            run=_KEPT,
             evaluation=sft.EvaluationSettings(share=0.2, every=2, sampling=SamplingSettings(max_new_tokens=4)),
         ),
     ),
@@ -270,7 +273,7 @@ JOBS = {
         config=lambda world, path: small.reward_config(
             world,
             path,
-            run={"keep_checkpoints": 2, "keep_every": 3},
+            run=_KEPT,
             epochs=1,
             evaluation=reward.EvaluationSettings(folds=2, every=2),
         ),
@@ -280,7 +283,7 @@ JOBS = {
         config=lambda world, path: small.ppo_config(
             world,
             path,
-            run={"keep_checkpoints": 2, "keep_every": 3},
+            run=_KEPT,
             steps=6,
             kl=KLSettings(target=1.0, horizon=20),
             shaping=ShapingSettings(scale=True),

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import bridle
 from bridle.language import rendering
-from tests.cli import mistakes, mistakes_of_runs
+from tests.cli import mistakes, mistakes_of_runs, mistakes_of_settings
 from tests.cli.mistakes import Mistake
 from tests.cli.watched import Seen, Site, as_users_see_it, command, observe
 from tests.cli.world import contents, make_world
@@ -90,7 +90,7 @@ class Row:
 
 def all_mistakes() -> Iterator[Mistake]:
     """Every mistake, in the order of the page."""
-    yield from sorted(mistakes.config_mistakes(), key=lambda mistake: mistake.group == "Settings")
+    yield from sorted(mistakes_of_settings.config_mistakes(), key=lambda mistake: mistake.group == "Settings")
     yield from mistakes.data_mistakes()
     yield from mistakes.model_mistakes()
     yield from mistakes.judge_mistakes()
