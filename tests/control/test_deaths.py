@@ -178,19 +178,30 @@ def test_a_death_between_episodes_costs_no_transition_where_the_last_one_came_ba
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("kill", "the process of environment . died, killed by signal 9"),
-        ("leave", "the process of environment ., after action 0, died, left with exit code 7"),
-        ("raise", "of environment ., after action 0, raised KeyError: 'the.nbattery is empty'"),
+        ("kill", "the process of environment . died, killed by signal 9 .out of memory, or killed from outside; .*;"),
+        ("leave", "the process of environment ., after action 0, died, left with exit code 7;"),
+        ("raise", "of environment ., after action 0, raised KeyError: 'the.nbattery is empty';"),
     ],
 )
-def test_the_death_after_the_last_that_is_allowed_ends_it_and_is_named(how: str, words: str, tmp_path: Path) -> None:
-    asked = (tickets(tmp_path / "tickets", 2), f"how={how}")
-    world = mortal("Fated", 8, limit=1, num_envs=1, kwargs=asked).world
-    assert [bool(step.lost[0]) for step in steps(world, 5)].count(True) == 1
-    (line,) = world.told()
-    assert line.startswith("environment 0 ")
-    assert "\n" not in line
-    with pytest.raises(WorldError, match=f"step.*{words.replace(' died', '.* died')}") as found:
+@pytest.mark.parametrize("limit", [0, 1])
+def test_the_death_after_the_last_that_is_allowed_ends_it_and_is_named(
+    how: str, words: str, limit: int, tmp_path: Path
+) -> None:
+    asked = (tickets(tmp_path / "tickets", 1 + limit), f"how={how}")
+    if limit:
+        world = mortal("Fated", 8, limit=limit, num_envs=1, kwargs=asked).world
+        assert [bool(step.lost[0]) for step in steps(world, 5)].count(True) == 1
+        (line,) = world.told()
+        assert line.startswith("environment 0 ")
+        assert line.endswith("; made anew (1 of at most 1)")
+        assert "\n" not in line
+    else:
+        world = make_world("BridleTest/Fated-v0", WorldSettings(num_envs=1, vectorization="async", kwargs=asked))
+        world.reset(5)
+    way = (
+        "1 were made anew before it, as many as world.death_limit allows" if limit else "--world.on-death restart makes"
+    )
+    with pytest.raises(WorldError, match=f"step.*{words.replace(' died', '.* died')} {way}") as found:
         steps(world, 20)
     assert "\n" not in str(found.value)
     world.close()

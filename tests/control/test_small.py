@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -370,3 +371,21 @@ def test_buffers_of_few_sizes_are_kept() -> None:
         for rows in range(1, 30):
             policy.values(units(*SHAPES[0][:3], rows).observations, None)
     assert len(policy._nets._alone[1].free) <= 4
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("no-such-compiler -O1", "there is no C compiler 'no-such-compiler -O1'"),
+        ("cc 'x", r"CC=.cc 'x. cannot be read: No closing quotation"),
+        ("false", "false said: nothing, and left with exit code 1"),
+    ],
+)
+def test_a_compiler_that_does_not_compile_is_named(
+    compiler: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    problem = compile_small(tmp_path / "_small.so")
+    assert problem is not None
+    assert re.fullmatch(words, problem.replace('"', "'"))
+    assert not any(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 
 from bridle.cli.main import main
-from bridle.control import Observations, load_policy
+from bridle.control import Observations, compiled, load_policy
 from bridle.control.collect import Collector
 from bridle.control.evaluate import EvaluationSettings
 from bridle.control.making import WorldSettings, make_world
@@ -498,8 +498,19 @@ def test_what_an_environment_starts_from(tmp_path: Path, monkeypatch: pytest.Mon
     assert default_config("BridleTest/Endless-v0").preset == "vector"
     assert default_config("BridleTest/Endless-v0", preset="Hopper-v5").ppo.minibatches == 32
     assert kind_of("ALE/Pong-v5", WorldSettings()) == "atari"
+    dying = WorldSettings(vectorization="async", on_death="restart")
+    assert default_config("BridleTest/Endless-v0", world=dying).preset == "vector"
     with pytest.raises(ConfigError, match="did you mean Hopper-v5"):
         default_config("BridleTest/Endless-v0", preset="Hoper-v5")
+
+
+def test_a_run_says_that_compiled_code_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiled, "library", None)
+    few = {"total_steps": 8, "n_steps": 8, "evaluation": {"final_episodes": 5}}
+    train("CartPole-v1", preset="none", **few, run={"dir": tmp_path / "run", "threads": 1})
+    assert "python -m bridle.control.compiling builds it" in capsys.readouterr().err.splitlines()[1]
 
 
 def test_flags_win_over_the_preset_and_the_run_keeps_both(tmp_path: Path) -> None:

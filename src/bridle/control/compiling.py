@@ -33,7 +33,10 @@ def compile_small(place: Path, source: Path | None = None) -> str | None:
     The compiler is the one that CC names, else cc. What is at ``place`` stays until the new one is whole.
     """
     source = source or Path(__file__).with_name("small.c")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    try:
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+    except ValueError as error:
+        return f"CC={os.environ['CC']!r} cannot be read: {error}"
     if not compiler or shutil.which(compiler[0]) is None:
         return f"there is no C compiler {' '.join(compiler)!r}"
     fresh = place.with_suffix(f".{os.getpid()}.tmp")
@@ -45,7 +48,8 @@ def compile_small(place: Path, source: Path | None = None) -> str | None:
             check=False,
         )
         if done.returncode:
-            return f"{' '.join(compiler)} said: {' '.join(done.stderr.split())[:300]}"
+            said = " ".join(done.stderr.split())[:300] or f"nothing, and left with exit code {done.returncode}"
+            return f"{' '.join(compiler)} said: {said}"
         fresh.replace(place)
     except OSError as error:
         return str(error)
@@ -57,4 +61,6 @@ def compile_small(place: Path, source: Path | None = None) -> str | None:
 if __name__ == "__main__":
     target = Path(__file__).with_name("_small.so")
     problem = compile_small(target)
-    sys.exit(problem and f"{target.name} was not built: {problem}")
+    if problem:
+        sys.exit(f"{target.name} was not built: {problem}")
+    sys.stdout.write(f"built {target}\n")

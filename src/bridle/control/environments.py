@@ -23,6 +23,8 @@ from bridle.errors import NonFiniteWorld, WorldError
 
 __all__ = ["World", "WorldStep", "foreign"]
 
+_KILLED = "out of memory, or killed from outside; try fewer environments"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorldStep:
@@ -234,17 +236,13 @@ class _Foreign:
             raise self._told(error) from error
 
     def _told(self, error: BaseException) -> WorldError:
-        remedy = "out of memory, or killed from outside; try fewer environments"
         head = f"{self._world}: {self._doing}"
         if isinstance(error, Gone):
             which = self._named(error.environment)
-            return WorldError(
-                f"{head} of {which} {error.how}"
-                if error.raised
-                else f"{head}: the process of {which} {error.how} ({remedy})"
-            )
+            told = f"{head} of {which} {error.how}" if error.raised else f"{head}: the process of {which} {error.how}"
+            return WorldError(told + _way_on(error))
         if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
-            return WorldError(f"{head}: the process of an environment died ({remedy})")
+            return WorldError(f"{head}: the process of an environment died ({_KILLED})")
         running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
         found = next((i for i, copy in enumerate(self._copies) if id(copy) in running), None)
         where = "" if found is None else f" of {self._named(found)}"
@@ -253,3 +251,12 @@ class _Foreign:
     def _named(self, environment: int) -> str:
         action = "" if self._actions is None else f", after action {self._actions[environment]},"
         return f"environment {environment}{action}"
+
+
+def _way_on(gone: Gone) -> str:
+    cause = f" ({_KILLED})" if "killed" in gone.how and not gone.raised else ""
+    if gone.allowed is None:
+        return cause
+    if gone.allowed == 0:
+        return f"{cause}; --world.on-death restart makes such an environment anew"
+    return f"{cause}; {gone.allowed} were made anew before it, as many as world.death_limit allows"

@@ -46,6 +46,8 @@ class Gone(Exception):
         self.environment = environment
         self.how = how
         self.raised = raised
+        self.allowed: int | None = None
+        """How many were allowed to be made anew, and have been; None where it would not help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,8 @@ class Processes(VectorEnv[Any, Any, Any]):
         """those since the last seeded reset, in their order."""
         self.told: list[str] = []
         """one line for each that was made anew; whoever tells them empties it."""
-        self._makes, self._mode, self._left = makes, mode, allowed
+        self._makes, self._mode = makes, mode
+        self._allowed = self._left = allowed
         self._seed, self._call = 0, 0
         self._expected: dict[tuple[int, int], int] = {}
         self._shown: list[Any] = [None] * self.num_envs
@@ -203,7 +206,10 @@ class Processes(VectorEnv[Any, Any, Any]):
         """Make an environment anew as often as it takes; return what its reset answers."""
         command, data = request
         while True:
-            if self._left == 0 or command == "spaces":
+            if command == "spaces":
+                raise gone
+            if self._left == 0:
+                gone.allowed = self._allowed
                 raise gone
             self._left -= 1
             if command == "reset" and data is not None:
@@ -212,7 +218,9 @@ class Processes(VectorEnv[Any, Any, Any]):
                 key = (self._seed, "environment made anew", len(self.replacements), index)
                 seed = int(generator(*key).integers(2**31))
                 self.replacements.append(Replacement(call=self._call, environment=index, seed=seed))
-            self.told.append(f"environment {index} {gone.how}; made anew ({self._left} times more if need be)")
+            self.told.append(
+                f"environment {index} {gone.how}; made anew ({self._allowed - self._left} of at most {self._allowed})"
+            )
             self.lost[index] = True
             try:
                 return self._begin_again(index, seed)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from bridle.control import compiled
 from bridle.control.collect import Collector, Rollout
 from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, evaluate
@@ -32,6 +33,7 @@ from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.policy import Sequences, Transitions
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
+from bridle.control.small import SmallActorCritic
 from bridle.control.spaces import BoxActions
 from bridle.errors import ConfigError, NonFiniteStep, NonFiniteWorld
 from bridle.jobs.config import from_dict, require_sane, to_dict
@@ -203,6 +205,8 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
         sources = of_world(given, config.world, config.network.factory)
         with place.session(config, sources) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
+            if isinstance(policy, SmallActorCritic) and compiled.library is None:
+                session.say("networks run without compiled code, slower; python -m bridle.control.compiling builds it")
             if isinstance(acted.actions, BoxActions):
                 session.leave_out("entropy_collapse")  # a density's entropy has no floor
             learner = Learner(config, policy.to(session.device), acted)
@@ -384,7 +388,7 @@ def kind_of(env: str, settings: WorldSettings) -> str:
     """Say which kind of world ``env`` is, by its spaces: a key of :data:`bridle.jobs.presets.KINDS`."""
     if is_atari(env):
         return "atari"
-    with closing(make_world(env, replace(settings, num_envs=1, vectorization="sync"))) as world:
+    with closing(make_world(env, replace(settings, num_envs=1, vectorization="sync", on_death="fail"))) as world:
         if world.observations.images:
             return "image"
         return "box" if isinstance(world.actions, BoxActions) else "vector"
