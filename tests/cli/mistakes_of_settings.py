@@ -119,6 +119,9 @@ _OF_OTHERS: dict[str, tuple[str, ...]] = {
     "a judge is missing": ("evaluate", "model", "--prompts", "good.jsonl"),
     "prompts are missing": ("evaluate", "model", "--functions", "judges.py:good"),
     "nothing to evaluate": ("evaluate", "runs/nowhere"),
+    "an agent's checkpoint of a language model": (
+        *("evaluate", "model", "--prompts", "good.jsonl", "--functions", "judges.py:good", "--checkpoint", "best"),
+    ),
 }
 _OF_CONTROL: dict[str, tuple[str, ...]] = {
     "0 actions": train("CartPole-v1", "--total-steps", "0"),

@@ -144,6 +144,9 @@ def newest_policy(run: Run) -> Path:
 
 
 def _language(config: EvaluateConfig, policy: str, trained: PPOConfig | None) -> Path:
+    for name in ("checkpoint", "video"):
+        if getattr(config, name) is not None:
+            raise ConfigError.of(name, str(getattr(config, name)), "nothing: it is for agents, runs of bridle train")
     settings = _settings(config, policy, trained)
     before, after = _assess_both(config, policy, settings)
     results: dict[str, Json] = {"target": policy, "reference": settings.model.path}
