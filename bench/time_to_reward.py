@@ -91,7 +91,7 @@ def recipe(folder: Path, prompts: Path, seed: int) -> PPOConfig:
 
 
 def swift(config: PPOConfig) -> PPOConfig:
-    """What was found to get there soonest, on seeds 100 and 101: no discounted credit, a value head on the trunk, smaller rollouts."""
+    """What was found to get there soonest, on seeds 100 and 101: undiscounted credit, a value head on the trunk."""
     optim = {"lr": 7e-4, "warmup_steps": 0}
     return replace(
         config,
