@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from operator import is_
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +20,14 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bridle.control.buffers import Buffers
+
 __all__ = ["Frozen", "Normal", "Run", "Softmax", "Stack", "library", "load", "serves"]
 
 _LAYERS = 8
 """The most layers of one net, as in small.c."""
 _WIDEST = 512
 """Beyond this width the machine's own products are as fast."""
-_KEPT = 4
-"""Runs whose buffers are kept for later ones of as many states."""
 
 
 class _Net(ctypes.Structure):
@@ -96,7 +97,7 @@ class Stack:
     def __init__(self, nets: list[list[Tensor]], *, tanh: bool) -> None:
         self.nets = nets
         self.tanh = tanh
-        self.free: list[Run] = []
+        self.free = Buffers(partial(Run, self))
         self._width = nets[0][0].shape[1]
         self._known: list[Tensor | None] = []
         self.gradients: list[list[Tensor]] = []
@@ -105,19 +106,9 @@ class Stack:
         """Run forward over n states, in free buffers if there are any."""
         rows = len(vector)
         _require_shape(vector, rows, self._width)
-        for place, kept in enumerate(self.free):
-            if kept.rows == rows:
-                run = self.free.pop(place)
-                break
-        else:
-            run = Run(self, rows)
+        run = self.free.take(rows)
         run.forward(vector)
         return run
-
-    def let_go(self, run: Run) -> None:
-        """Keep the buffers of a run that is over."""
-        self.free.append(run)
-        del self.free[:-_KEPT]
 
     def find_gradients(self) -> None:
         """Follow gradients that have moved; where there are none there are zeros then."""
@@ -179,7 +170,7 @@ class Run:
         assert self._vector is not None
         for net, own in zip(self._pointers, slopes, strict=True):
             library.perceptron_backward(net, self._vector.data_ptr(), own.data_ptr())
-        stack.let_go(self)
+        stack.free.let_go(self)
 
 
 class Frozen:

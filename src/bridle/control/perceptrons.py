@@ -9,6 +9,7 @@ cost less to call; the activations are PyTorch's, which are several times faster
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import is_
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bridle.control import compiled
+from bridle.control.buffers import Buffers
 
 __all__ = ["Activation", "Array", "Frozen", "Perceptrons", "Run"]
 
@@ -28,8 +30,6 @@ Activation = Literal["tanh", "relu"]
 _MINUS_ONE = torch.tensor(-1.0)
 _TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
 _RELU_BACKWARD = torch.ops.aten.threshold_backward.grad_input
-_KEPT = 4
-"""Runs whose buffers are kept for later ones of as many states."""
 
 
 class Perceptrons:
@@ -68,7 +68,7 @@ class Perceptrons:
         self._hold()
         stack = self._alone[net]
         run = stack.run(vector)
-        stack.let_go(run)  # type: ignore[arg-type]
+        stack.free.let_go(run)  # type: ignore[arg-type]
         return run.outputs[0].clone()
 
     def frozen(self, net: int, rows: int) -> Frozen | compiled.Frozen:
@@ -166,7 +166,7 @@ class Run:
             if depth:
                 above = self._scratch[depth - 1]
                 np.matmul(slope.array, stack.hidden[depth].weight, out=above.array)
-        stack.let_go(self)
+        stack.free.let_go(self)
 
 
 class Frozen:
@@ -211,7 +211,7 @@ class _Stack:
 
     def __init__(self, nets: list[list[Tensor]], *, tanh: bool) -> None:
         self.tanh = tanh
-        self.free: list[Run] = []
+        self.free = Buffers(partial(Run, self))
         self._nets = nets
         *pairs, weights, biases = [list(same) for same in zip(*nets, strict=True)]
         self.hidden = [
@@ -224,20 +224,9 @@ class _Stack:
 
     def run(self, vector: Float[Tensor, "n D"]) -> Run:
         """Run forward over n states, in free buffers if there are any."""
-        rows = len(vector)
-        for place, kept in enumerate(self.free):
-            if kept.rows == rows:
-                run = self.free.pop(place)
-                break
-        else:
-            run = Run(self, rows)
+        run = self.free.take(len(vector))
         run.forward(vector)
         return run
-
-    def let_go(self, run: Run) -> None:
-        """Keep the buffers of a run that is over."""
-        self.free.append(run)
-        del self.free[:-_KEPT]
 
     def gradients(self) -> tuple[list[tuple[list[Array], list[Array]]], list[_Last]]:
         """Return where gradients lie now, of the hidden layers and of the last ones; zero where there were none."""
