@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +11,8 @@ import torch
 from gymnasium import spaces
 
 from bridle.batch import Batch
-from bridle.control import compiled, compiling
+from bridle.control import compiled
 from bridle.control.actor_critic import ActorCritic
-from bridle.control.compiling import compile_small
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.observations import Observations
 from bridle.control.policy import Transitions
@@ -26,6 +23,7 @@ from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.step import HandDifferentiated, Seen, Slopes, plain_vjp
+from bridle.native.compiling import SOURCES, compile_source
 
 SHAPES = [
     (4, "discrete", 2, NetworkSettings()),
@@ -39,7 +37,7 @@ SHAPES = [
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> object:
     place = tmp_path_factory.mktemp("compiled") / "_small.so"
-    problem = compile_small(place)
+    problem = compile_source(SOURCES[0], place)
     return problem or compiled.load(place)
 
 
@@ -349,21 +347,6 @@ def test_states_of_another_width_are_refused(width: int) -> None:
             ask()
 
 
-def test_what_was_built_from_another_source_is_not_used(tmp_path: Path, library: object) -> None:
-    """As where the source has been renewed and nobody has compiled it since: structures may lie otherwise."""
-    if isinstance(library, str):
-        pytest.skip(f"not compiled: {library}")
-    source = Path(compiling.__file__).with_name("small.c")
-    older = tmp_path / "small.c"
-    older.write_text(source.read_text() + "/* older */\n")
-    assert compile_small(tmp_path / "older.so", older) is None
-    assert compiled.load(tmp_path / "older.so") is None
-    oldest = source.read_text().replace("perceptron_source", "another_name")
-    older.write_text(oldest)
-    assert compile_small(tmp_path / "oldest.so", older) is None
-    assert compiled.load(tmp_path / "oldest.so") is None
-
-
 def test_buffers_of_few_sizes_are_kept() -> None:
     """Values are asked for as many states as a rollout has and as many more as it has cut: each time another number."""
     policy = build(*SHAPES[0])
@@ -371,21 +354,3 @@ def test_buffers_of_few_sizes_are_kept() -> None:
         for rows in range(1, 30):
             policy.values(units(*SHAPES[0][:3], rows).observations, None)
     assert len(policy._nets._alone[1].free) <= 4
-
-
-@pytest.mark.parametrize(
-    ("compiler", "words"),
-    [
-        ("no-such-compiler -O1", "there is no C compiler 'no-such-compiler -O1'"),
-        ("cc 'x", r"CC=.cc 'x. cannot be read: No closing quotation"),
-        ("false", "false said: nothing, and left with exit code 1"),
-    ],
-)
-def test_a_compiler_that_does_not_compile_is_named(
-    compiler: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CC", compiler)
-    problem = compile_small(tmp_path / "_small.so")
-    assert problem is not None
-    assert re.fullmatch(words, problem.replace('"', "'"))
-    assert not any(tmp_path.iterdir())

@@ -510,7 +510,7 @@ def test_a_run_says_that_compiled_code_is_missing(
     monkeypatch.setattr(compiled, "library", None)
     few = {"total_steps": 8, "n_steps": 8, "evaluation": {"final_episodes": 5}}
     train("CartPole-v1", preset="none", **few, run={"dir": tmp_path / "run", "threads": 1})
-    assert "python -m bridle.control.compiling builds it" in capsys.readouterr().err.splitlines()[1]
+    assert "python -m bridle.native.compiling builds it" in capsys.readouterr().err.splitlines()[1]
 
 
 def test_flags_win_over_the_preset_and_the_run_keeps_both(tmp_path: Path) -> None:

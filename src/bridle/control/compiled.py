@@ -1,13 +1,12 @@
 """Small networks by hand, compiled: the same as :mod:`bridle.control.perceptrons` in fewer calls, where it was built.
 
-``small.c`` is compiled when Bridle is installed, if there is a C compiler then (:mod:`bridle.control.compiling`). It holds
+``small.c`` is compiled when Bridle is installed, if there is a C compiler then (:mod:`bridle.native.compiling`). It holds
 no numbers of its own: weights, gradients and layers are PyTorch's and lie where they lay.
 """
 
 from __future__ import annotations
 
 import ctypes
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from operator import is_
@@ -21,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bridle.control.buffers import Buffers
+from bridle.native.compiling import compiled_from
+from bridle.native.loading import load_library
 
 __all__ = ["Frozen", "Normal", "Run", "Softmax", "Stack", "library", "load", "serves"]
 
@@ -51,33 +52,25 @@ class _Net(ctypes.Structure):
     )
 
 
+_SOURCE = Path(__file__).with_name("small.c")
+
+
 def load(place: Path) -> Any:
-    """Open the compiled code at ``place``; None where there is none, none for this machine, or one of another source."""
-    if not place.is_file():
-        return None
-    try:
-        found = ctypes.CDLL(str(place))
-        source = found.perceptron_source
-    except (OSError, AttributeError):  # built for another machine, or before it said of what
-        return None
+    """Open what was compiled of small.c to ``place``; None as :func:`bridle.native.loading.load_library`."""
     net, at, count = ctypes.POINTER(_Net), ctypes.c_void_p, ctypes.c_int64
-    source.restype = found.perceptron_work.restype = count
-    if source() != zlib.crc32(Path(__file__).with_name("small.c").read_bytes()):
-        return None
-    for name, arguments in (
-        ("perceptron_work", [net]),
-        ("perceptron_forward", [net, at]),
-        ("perceptron_backward", [net, at, at]),
-        ("softmax_forward", [count, count, *[at] * 6]),
-        ("softmax_backward", [count, count, *[at] * 7]),
-        ("normal_forward", [count, count, *[at] * 5]),
-        ("normal_backward", [count, count, *[at] * 6]),
-    ):
-        getattr(found, name).argtypes = arguments
-    return found
+    functions: dict[str, tuple[Any, list[Any]]] = {
+        "perceptron_work": (count, [net]),
+        "perceptron_forward": (None, [net, at]),
+        "perceptron_backward": (None, [net, at, at]),
+        "softmax_forward": (count, [count, count, *[at] * 6]),
+        "softmax_backward": (None, [count, count, *[at] * 7]),
+        "normal_forward": (None, [count, count, *[at] * 5]),
+        "normal_backward": (None, [count, count, *[at] * 6]),
+    }
+    return load_library(place, _SOURCE, functions, "perceptron_source")
 
 
-library: Any = load(Path(__file__).with_name("_small.so"))
+library: Any = load(compiled_from(_SOURCE))
 """The compiled code; None where it was not built."""
 
 

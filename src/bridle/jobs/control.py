@@ -206,7 +206,7 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
         with place.session(config, sources) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
             if isinstance(policy, SmallActorCritic) and compiled.library is None:
-                session.say("networks run without compiled code, slower; python -m bridle.control.compiling builds it")
+                session.say("networks run without compiled code, slower; python -m bridle.native.compiling builds it")
             if isinstance(acted.actions, BoxActions):
                 session.leave_out("entropy_collapse")  # a density's entropy has no floor
             learner = Learner(config, policy.to(session.device), acted)

@@ -1,6 +1,6 @@
-"""Compiles ``small.c``, which :mod:`bridle.control.compiled` then uses: done on installing, where there is a C compiler.
+"""Compiles what rooms hold in C: done on installing, where there is a C compiler.
 
-python -m bridle.control.compiling      does it later, or again
+python -m bridle.native.compiling      does it later, or again
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import sys
 import zlib
 from pathlib import Path
 
-__all__ = ["compile_small"]
+__all__ = ["SOURCES", "compile_source", "compiled_from"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+SOURCES = (_PACKAGE / "control" / "small.c",)
+"""What there is to compile; each is a library of its own."""
 
 _FLAGS = (
     "-O3",
@@ -27,12 +31,17 @@ _FLAGS = (
 )
 
 
-def compile_small(place: Path, source: Path | None = None) -> str | None:
-    """Compile ``source``, small.c beside this file by default, to ``place``; return why not, or None.
+def compiled_from(source: Path) -> Path:
+    """Where the library of a source lies: ``_small.so`` beside ``small.c``."""
+    return source.with_name(f"_{source.stem}.so")
 
-    The compiler is the one that CC names, else cc. What is at ``place`` stays until the new one is whole.
+
+def compile_source(source: Path, place: Path) -> str | None:
+    """Compile ``source`` to ``place``; return why not, or None.
+
+    The compiler is the one that CC names, else cc. What is at ``place`` stays until the new one is whole. The source can
+    tell its own checksum: it is given as SOURCE.
     """
-    source = source or Path(__file__).with_name("small.c")
     try:
         compiler = shlex.split(os.environ.get("CC", "cc"))
     except ValueError as error:
@@ -58,9 +67,13 @@ def compile_small(place: Path, source: Path | None = None) -> str | None:
     return None
 
 
+def _main() -> None:
+    for source in SOURCES:
+        problem = compile_source(source, compiled_from(source))
+        if problem:
+            sys.exit(f"{source.name} was not compiled: {problem}")
+        sys.stdout.write(f"built {compiled_from(source)}\n")
+
+
 if __name__ == "__main__":
-    target = Path(__file__).with_name("_small.so")
-    problem = compile_small(target)
-    if problem:
-        sys.exit(f"{target.name} was not built: {problem}")
-    sys.stdout.write(f"built {target}\n")
+    _main()

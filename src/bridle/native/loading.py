@@ -1,0 +1,36 @@
+"""Opens what was compiled of the present source."""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["load_library"]
+
+
+def load_library(place: Path, source: Path, functions: Mapping[str, tuple[Any, Sequence[Any]]], checksum: str) -> Any:
+    """Open the library at ``place`` and declare its functions; None where there is none, or none for this machine or source.
+
+    Args:
+        place: the library.
+        source: what it must have been compiled from: structures may lie otherwise in what was built before it changed.
+        functions: of each name what it returns and what it takes, as ctypes has them.
+        checksum: the function that returns the checksum of the library's source.
+    """
+    if not place.is_file():
+        return None
+    try:
+        found = ctypes.CDLL(str(place))
+        told = getattr(found, checksum)
+    except (OSError, AttributeError):  # built for another machine, or before it said of what
+        return None
+    told.restype = ctypes.c_int64
+    if told() != zlib.crc32(source.read_bytes()):
+        return None
+    for name, (result, arguments) in functions.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found

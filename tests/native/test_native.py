@@ -1,0 +1,70 @@
+"""What compiles the code in C, and what opens it: of the present source alone, and with a line where it cannot be had."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+
+from bridle.native.compiling import SOURCES, compile_source, compiled_from
+from bridle.native.loading import load_library
+
+TWICE = """#include <stdint.h>
+int64_t told(void) __attribute__((visibility("default")));
+int64_t told(void) { return SOURCE; }
+double twice(double x) __attribute__((visibility("default")));
+double twice(double x) { return 2 * x; }
+"""
+FUNCTIONS = {"twice": (ctypes.c_double, [ctypes.c_double])}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    place = tmp_path / "twice.c"
+    place.write_text(TWICE)
+    problem = compile_source(place, compiled_from(place))
+    if problem:
+        pytest.skip(f"not compiled: {problem}")
+    return place
+
+
+def test_what_is_compiled_can_be_called(source: Path) -> None:
+    library = load_library(source.with_name("_twice.so"), source, FUNCTIONS, "told")
+    assert library.twice(3.0) == 6.0
+
+
+def test_what_was_built_from_another_source_is_not_opened(source: Path) -> None:
+    """As where the source has been renewed and nobody has compiled it since: structures may lie otherwise."""
+    library = compiled_from(source)
+    assert load_library(library, source, FUNCTIONS, "not_told") is None
+    source.write_text(TWICE + "/* newer */\n")
+    assert load_library(library, source, FUNCTIONS, "told") is None
+    assert load_library(library.with_name("gone.so"), source, FUNCTIONS, "told") is None
+    foreign = library.with_name("foreign.so")
+    foreign.write_bytes(b"no library")
+    assert load_library(foreign, source, FUNCTIONS, "told") is None
+
+
+def test_every_source_is_known() -> None:
+    """What is not in SOURCES would not be compiled on installing."""
+    assert sorted(SOURCES) == sorted(SOURCES[0].parents[1].rglob("*.c"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("no-such-compiler -O1", "there is no C compiler 'no-such-compiler -O1'"),
+        ("cc 'x", r"CC=.cc 'x. cannot be read: No closing quotation"),
+        ("false", "false said: nothing, and left with exit code 1"),
+    ],
+)
+def test_a_compiler_that_does_not_compile_is_named(
+    compiler: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    problem = compile_source(SOURCES[0], tmp_path / "_small.so")
+    assert problem is not None
+    assert re.fullmatch(words, problem.replace('"', "'"))
+    assert not any(tmp_path.iterdir())
