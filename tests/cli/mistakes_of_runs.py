@@ -169,6 +169,9 @@ def run_mistakes() -> Iterator[Mistake]:
         "a damaged record": (lambda run: (run / "metrics.jsonl").write_text('nonsense\n{"step": 1}\n'), ""),
         "a record without a step": (lambda run: (run / "metrics.jsonl").write_text('{"score": 1}\n'), ""),
         "a record nested too deeply": (lambda run: (run / "metrics.jsonl").write_text("[" * 100_000 + "\n"), ""),
+        "records cut short": (lambda run: (run / "metrics.jsonl").write_text('{"step": 0}\n'), ""),
+        "samples taken away": (lambda run: (run / "samples" / "step-1.jsonl").unlink(), ""),
+        "timing cut short": (lambda run: (run / "timing.jsonl").write_text(""), ""),
         "the only checkpoint damaged": (
             _of_checkpoint(lambda folder: _flip(folder / "policy" / "model.safetensors")),
             "",

@@ -132,7 +132,8 @@ def test_records_edited_by_hand_are_refused(bridle: Bridle, r: Path) -> None:
     code, _, err = bridle("resume", "r")
     assert (code, err) == (
         2,
-        "bridle: r/metrics.jsonl line 1 is damaged, before the checkpoint of step 1; delete that line to go on without it\n",
+        "bridle: r/metrics.jsonl line 1 is damaged, before the checkpoint of step 1; put the file back as it was, "
+        "or delete that line and go on without it: bridle resume r --force\n",
     )
 
 

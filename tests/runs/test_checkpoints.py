@@ -80,7 +80,8 @@ def test_the_manifest_holds_size_and_checksum_of_every_file(run: Run) -> None:
     manifest = json.loads((run.path / "checkpoints/step-2/manifest.json").read_text())
     digest = hashlib.sha256(b"weights").hexdigest()
     files = {"actor/model": {"sha256": digest, "size": 7}}
-    records = {"metrics.jsonl": 0, "timing.jsonl": 0}  # lines that it vouches for
+    empty = {"lines": 0, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    records = {"metrics.jsonl": empty, "timing.jsonl": {"lines": 0}}  # what it vouches for
     assert manifest == {"format": 1, "step": 2, "files": files, "records": records}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bridle.errors import RunError
+from bridle.jobs.taking_up import changed_records
 from bridle.runs import Run, RunState
 
 STREAMS = ("metrics.jsonl", "timing.jsonl")
@@ -71,12 +72,16 @@ def test_damage_that_a_checkpoint_followed_on_is_named_and_left(run: Run, name: 
     spoil(path, 6 if name == "timing.jsonl" else 12)
     before = path.read_bytes()
     for _ in range(2):
-        with pytest.raises(RunError, match=rf"{name} line {line} is damaged, before the checkpoint of step 4; delete"):
+        with pytest.raises(RunError, match=rf"{name} line {line} is damaged, before the checkpoint of step 4; put the"):
             Run.open(run.path, write=True)
     assert path.read_bytes() == before
     lines = before.split(b"\n")
     path.write_bytes(b"\n".join(lines[: line - 1] + lines[line:]))  # as it says
-    Run.open(run.path, write=True).close()
+    with Run.open(run.path, write=True) as again:
+        (text,) = changed_records(again, again.latest_checkpoint(), force=True)
+    counted = "7 of the 8" if name == "metrics.jsonl" else "3 of the 4"
+    last = 3 if (name, line) == ("timing.jsonl", 4) else 4
+    assert text == f"{path} has {counted} lines before the checkpoint of step 4, the last of step {last}"
 
 
 def test_the_last_record_of_the_checkpoints_own_step_is_vouched_for(run: Run) -> None:
@@ -113,7 +118,9 @@ def test_without_a_checkpoint_the_run_begins_again_anyway(run: Run) -> None:
 def test_an_older_checkpoint_vouches_where_a_later_step_is_sound(run: Run, line: int, fits: bool) -> None:
     path = run.path / "checkpoints" / "step-4" / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest.pop("records") == {"metrics.jsonl": 8, "timing.jsonl": 4}
+    assert {name: entry["lines"] for name, entry in manifest.pop("records").items()} == dict(
+        zip(STREAMS, (8, 4), strict=True)
+    )
     path.write_text(json.dumps(manifest))
     spoil(run.path / "metrics.jsonl", line)
     if not fits:

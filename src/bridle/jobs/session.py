@@ -34,7 +34,7 @@ from bridle.errors import RunError, TrainingError, UserError
 from bridle.jobs.config import to_dict
 from bridle.jobs.progress import Progress, progress_on
 from bridle.jobs.settings import RunSettings, resolve_device
-from bridle.jobs.taking_up import changed_settings, changed_surroundings, newest_whole
+from bridle.jobs.taking_up import changed_records, changed_settings, changed_surroundings, newest_whole
 from bridle.learn.memory import MicroBudget, RowBudget
 from bridle.runs import Checkpoint, Reserved, Run, reserve
 from bridle.runs.depends import Sources, take_stock
@@ -307,6 +307,7 @@ class Place:
         self._threads = settings.threads or torch.get_num_threads()
         self._digests: dict[str, Json] = {}
         self._newest: tuple[Checkpoint | None, list[str]] = (None, [])
+        self._lacking: list[str] = []
 
     def check(self, run: Run, config: Any | None) -> None:
         """Refuse to take up a run, as far as can be told before anything else is opened."""
@@ -316,6 +317,7 @@ class Place:
         if config is not None:
             changed_settings(run, to_dict(config), force=self._force)
         self._newest = newest_whole(run, force=self._force)
+        self._lacking = changed_records(run, self._newest[0], force=self._force)
 
     def session(self, config: Any, sources: Sources | None = None) -> Session:
         """Begin, now that everything is open: write config.json, or go back to where the run is taken up.
@@ -331,7 +333,7 @@ class Place:
         if isinstance(self._held, Run):
             run = self._held
             changes = changed_surroundings(run, depends, force=self._force)
-            changes = [*changed_settings(run, asked, force=self._force), *changes]
+            changes = [*changed_settings(run, asked, force=self._force), *changes, *self._lacking]
             self._go_back(run, console)
             if changes:
                 run.go_on_as(asked, resolved, depends, changes)

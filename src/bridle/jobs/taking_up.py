@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from bridle.errors import RunError
 from bridle.runs import Checkpoint, Run
 from bridle.runs.depends import differences
+from bridle.runs.extent import missing
 from bridle.runs.files import Json
 
-__all__ = ["changed_settings", "changed_surroundings", "newest_whole"]
+__all__ = ["changed_records", "changed_settings", "changed_surroundings", "newest_whole"]
 
 _MAY_CHANGE = {
     "run": (
@@ -37,6 +38,14 @@ def newest_whole(run: Run, *, force: bool) -> tuple[Checkpoint | None, list[str]
             f"put one back, or begin again with: bridle resume {run.path} --force"
         )
     return checkpoint, damaged
+
+
+def changed_records(run: Run, checkpoint: Checkpoint | None, *, force: bool) -> list[str]:
+    """Refuse to go on where records are missing that the checkpoint followed on, naming them; with ``force`` return them."""
+    found = [] if checkpoint is None else missing(run.path, checkpoint)
+    if not force and found:
+        raise RunError(f"{'; '.join(found)}; put back what is missing, or go on without it: {_forced(run)}")
+    return found
 
 
 def changed_surroundings(run: Run, now: Mapping[str, Json], *, force: bool, so_far: bool = False) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from bridle.errors import RunError
 from bridle.runs.files import (
     Json,
+    JsonObject,
     file_digest,
     load_json,
     load_tensors,
@@ -29,6 +30,7 @@ from bridle.runs.files import (
 __all__ = [
     "Checkpoint",
     "clear_leftovers",
+    "kept_records",
     "list_checkpoints",
     "load_json",
     "load_tensors",
@@ -103,25 +105,40 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
-def write_manifest(folder: Path, step: int, records: Mapping[str, int] | None = None) -> None:
+def write_manifest(folder: Path, step: int, records: Mapping[str, Json] | None = None) -> None:
     """Write ``manifest.json``: for every file of the folder its size in bytes and its SHA-256.
 
-    ``records`` are the run's files of records, with the number of their lines up to ``step``.
+    ``records`` are the run's files of records, with how far they had come after ``step``.
     """
     files: dict[str, Json] = {
         path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "size": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    lines = {} if records is None else {"records": {**records}}
-    save_json(folder / MANIFEST, {"format": FORMAT, "step": step, **lines, "files": files})
+    extent = {} if records is None else {"records": {**records}}
+    save_json(folder / MANIFEST, {"format": FORMAT, "step": step, **extent, "files": files})
+
+
+def kept_records(checkpoint: Checkpoint) -> dict[str, JsonObject]:
+    """Return how far each file of records had come, by its name; empty where an older manifest does not say.
+
+    One that counts lines alone has a number in place of the object.
+    """
+    manifest = load_json(checkpoint.path / MANIFEST)
+    records = manifest.get("records") if isinstance(manifest, dict) else None
+    entries = records.items() if isinstance(records, dict) else ()
+    kept: dict[str, JsonObject] = {}
+    for name, entry in entries:
+        if isinstance(entry, int):
+            kept[name] = {"lines": entry}
+        elif isinstance(entry, dict):
+            kept[name] = entry
+    return kept
 
 
 def vouched_lines(checkpoint: Checkpoint, name: str) -> int | None:
     """Return how many lines of a file of records the checkpoint followed on; None where its manifest does not say."""
-    manifest = load_json(checkpoint.path / MANIFEST)
-    records = manifest.get("records") if isinstance(manifest, dict) else None
-    count = records.get(name) if isinstance(records, dict) else None
+    count = kept_records(checkpoint).get(name, {}).get("lines")
     return count if isinstance(count, int) else None
 
 

@@ -39,6 +39,7 @@ from bridle.runs.checkpoints import (
     write_manifest,
 )
 from bridle.runs.depends import version_of
+from bridle.runs.extent import extents
 from bridle.runs.files import (
     Json,
     JsonObject,
@@ -51,7 +52,7 @@ from bridle.runs.files import (
     sync,
     write_lines,
 )
-from bridle.runs.mending import count_lines, cut_back, drop_damaged_lines
+from bridle.runs.mending import cut_back, drop_damaged_lines
 from bridle.runs.places import FOLDERS, Reserved, clear, is_locked, let_go, reserve, take_lock
 
 __all__ = ["FORMAT", "Run", "RunState"]
@@ -334,7 +335,7 @@ class Run:
         """
         with self._writing(), whole_folder(self.path / "checkpoints" / f"step-{step}") as folder:
             yield folder
-            write_manifest(folder, step, {name: count_lines(self.path / name) for name in _STREAMS})
+            write_manifest(folder, step, extents(self.path, step))
             for name in _STREAMS:
                 if (self.path / name).exists():
                     sync(self.path / name)

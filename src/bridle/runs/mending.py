@@ -40,7 +40,10 @@ def cut_back(path: Path, newest: Callable[[], Checkpoint | None]) -> str | None:
     first, checkpoint = bad[0], newest()
     if first < _vouched(path, lines[:first], checkpoint):
         before = "" if checkpoint is None else f", before the checkpoint of step {checkpoint.step}"
-        raise RunError(f"{path} line {first + 1} is damaged{before}; delete that line to go on without it")
+        raise RunError(
+            f"{path} line {first + 1} is damaged{before}; put the file back as it was, "
+            f"or delete that line and go on without it: bridle resume {path.parent} --force"
+        )
     _keep(path)
     write_bytes(path, b"".join(lines[:first]))
     after = "" if checkpoint is None else f"; the checkpoint of step {checkpoint.step} comes before them"
