@@ -211,12 +211,13 @@ def table(found: dict[str, Any]) -> str:
 
 def torture_table(found: dict[str, Any]) -> str:
     """Lay out what scripts/torture found: kills by what the run was at, over all jobs."""
-    lines = ["| job | kills | runs resumed to the end | files that differ |\n", "| --- | --- | --- | --- |\n"]
+    lines = ["| job | kills | of them losses of power | runs resumed to the end | files that differ |\n"]
+    lines.append("| --- | --- | --- | --- | --- |\n")
     at: Counter[str] = Counter()
     for job, seen in found["jobs"].items():
-        lines.append(
-            f"| {job} | {seen['kills']} | {seen['runs_resumed_to_the_end']} | {len(seen['files_that_differ'])} |\n"
-        )
+        lost = seen["kills_by"].get("a loss of power", 0)
+        wrong = len(seen["files_that_differ"])
+        lines.append(f"| {job} | {seen['kills']} | {lost} | {seen['runs_resumed_to_the_end']} | {wrong} |\n")
         for phase, kills in seen["phases"].items():
             at[phase.partition(":")[0]] += kills
     lines += ["\n| the run was | kills |\n", "| --- | --- |\n"]

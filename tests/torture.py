@@ -3,7 +3,7 @@
     scripts/torture --kills 50 --out bench/results/torture.json
 
 One process imports everything once and forks a child for each life of a run, so that a kill and a resume cost about a
-second. Every kill is a SIGKILL. Half of them come from the parent when the child has used a drawn share of the CPU time
+second. Every kill is a SIGKILL. A third of them come from the parent when the child has used a drawn share of the CPU time
 that the whole run takes; the others from the child itself at a drawn one of its dealings with the file system: before it,
 after it, or with half of it done (half a line, half a file of tensors, half a folder taken away). What the child was at,
 it writes into memory shared with the parent.
@@ -49,17 +49,21 @@ from bridle.learn.ppo import PPOSettings
 from bridle.random import generator
 from bridle.runs import Run, RunState, checkpoints, directory, files
 from tests.jobs import small
+from tests.power import Disk
 
 __all__ = ["JOBS", "Outcome", "main", "torture"]
 
 APART = {"events.jsonl", "timing.jsonl", ".lock"}
 """What a run may differ in: what happened to it, and the wall clock."""
+EVIDENCE = "faults/"
+"""Where it keeps what a power loss damaged, as it was found."""
 
 # What the child is at
 
 _BOARD = mmap.mmap(-1, 4096)
 _EVENTS = slice(0, 8)
 _PHASE = slice(8, 72)
+_SAVED = slice(72, 80)
 
 
 def _phase() -> str:
@@ -72,6 +76,24 @@ def _set_phase(name: str) -> None:
 
 def _events() -> int:
     return int.from_bytes(_BOARD[_EVENTS], "little")
+
+
+def _saved() -> int:
+    """The step of the newest checkpoint that a child has been told is safe; -1 where there is none."""
+    return int.from_bytes(_BOARD[_SAVED], "little") - 1
+
+
+def _say_saved(run: Run, step: int) -> Any:
+    @contextmanager
+    def saving() -> Iterator[Path]:
+        with _CHECKPOINT(run, step) as folder:
+            yield folder
+        _BOARD[_SAVED] = (step + 1).to_bytes(8, "little")
+
+    return saving()
+
+
+_CHECKPOINT = Run.checkpoint
 
 
 @contextmanager
@@ -92,12 +114,20 @@ class Doom:
     """counted from 1; 0 is none."""
     share: float = 0.0
     """0 before it, 1 after it, between with half of it done where it can be halved."""
+    power: int | None = None
+    """seed of what a power loss leaves; None where the system lives on and writes what it was given."""
 
 
 _doom = Doom()
+_disk: list[Disk] = []
+"""Of the child, what a power loss would leave; empty in the parent."""
 
 
 def _die() -> None:
+    if _doom.power is not None:
+        draws = generator(_doom.power, "power loss")
+        lost = _disk[0].root.with_name("lost")
+        _disk[0].lose_power(lost, draws, kept=float(draws.choice([0.0, 0.5, 0.9])))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -170,6 +200,7 @@ def _watch_phases() -> None:
         _phased(Run, name, phase)
     _phased(directory, "write_manifest", "checkpoint: checksums")
     _phased(checkpoints, "sync_tree", "checkpoint: fsync")
+    Run.checkpoint = _say_saved  # type: ignore[method-assign, assignment]
     _phased_block(Run, "checkpoint", "checkpoint")
     _phased_block(Run, "export", "export")
     _phased(Session, "__enter__", "opening")
@@ -208,10 +239,15 @@ def _watch_files() -> None:
     def rmtree(path: Any, *rest: Any, **named: Any) -> None:
         _dealing("removal", lambda: remove(path, *rest, **named), lambda: half_a_folder(path))
 
+    def durably(descriptor: int) -> None:
+        fsync(descriptor)
+        for disk in _disk:
+            disk.sync(descriptor)
+
     records.append_line = append_line
     safetensors.torch.save_file = save_file  # type: ignore[assignment]
     shutil.rmtree = rmtree  # type: ignore[assignment]
-    os.fsync = lambda fd: _dealing("fsync", lambda: fsync(fd))
+    os.fsync = lambda fd: _dealing("fsync", lambda: durably(fd))
     os.rename = lambda *arguments: _dealing("rename", lambda: rename(*arguments))
     os.replace = lambda *arguments: _dealing("rename", lambda: replace(*arguments))
 
@@ -302,13 +338,13 @@ class Outcome:
     """What became of one job under torture."""
 
     kills: int = 0
-    """SIGKILLs that found the run at work."""
+    """SIGKILLs and power losses that found the run at work."""
     resumed: int = 0
     """runs that were killed once or more and then brought to their end."""
     differences: list[str] = field(default_factory=list)
     """files that were not those of the run that was never stopped."""
     by: Counter[str] = field(default_factory=Counter)
-    """kills by CPU time, and at a dealing with the file system."""
+    """kills by CPU time, at a dealing with the file system, and by a loss of power there."""
     phases: Counter[str] = field(default_factory=Counter)
     """what the run was at when it was killed."""
 
@@ -344,6 +380,9 @@ def _live(job: Job, world: Path, path: Path, log: Path, doom: Doom, cpu: float) 
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, -signal.SIGKILL):
         raise RuntimeError(f"a run went wrong by itself (exit code {code}):\n{log.read_text()}")
+    if code != 0 and doom.power is not None:
+        shutil.rmtree(path.parent)
+        path.parent.with_name("lost").rename(path.parent)
     return code == 0
 
 
@@ -351,7 +390,9 @@ def _child(job: Job, world: Path, path: Path, log: Path, doom: Doom) -> None:
     """Live one life of a run, in a process of its own; never returns."""
     code = 1
     try:
-        _doom.event, _doom.share = doom.event, doom.share
+        _doom.event, _doom.share, _doom.power = doom.event, doom.share, doom.power
+        if doom.power is not None:
+            _disk.append(Disk(path.parent))
         job.run(job.config(world, path), resume=(path / "config.json").is_file())
         log.write_text("\n".join(sys.modules))
         code = 0
@@ -363,7 +404,7 @@ def _child(job: Job, world: Path, path: Path, log: Path, doom: Doom) -> None:
 
 def _contents(path: Path) -> dict[str, bytes]:
     found = {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-    return {name: content for name, content in found.items() if name not in APART}
+    return {name: text for name, text in found.items() if name not in APART and not name.startswith(EVIDENCE)}
 
 
 def _compare(path: Path, whole: dict[str, bytes], steps: list[Any], attempt: int) -> list[str]:
@@ -378,13 +419,19 @@ def _compare(path: Path, whole: dict[str, bytes], steps: list[Any], attempt: int
     return [f"attempt {attempt}: {name}" for name in wrong]
 
 
+def _newest(path: Path) -> int:
+    """The step of a run's newest checkpoint that is whole; -1 where there is none."""
+    whole = Run.open(path).latest_checkpoint() if (path / "config.json").is_file() else None
+    return -1 if whole is None else whole.step
+
+
 def torture(name: str, kills: int, world: Path, folder: Path, *, seed: int = 0) -> Iterator[Outcome]:
     """Kill a job's runs until ``kills`` have found one at work; compare each with the one that was left alone.
 
     Yields what has become of them after each.
     """
-    job, path, log = JOBS[name], folder / "run", folder / "log"
-    folder.mkdir(parents=True)
+    job, path, log = JOBS[name], folder / "disk" / "run", folder / "log"
+    path.parent.mkdir(parents=True)
     spent = os.times()
     if not _live(job, world, path, log, Doom(), 0.0):
         raise RuntimeError(f"{name}: nobody killed it, and it is dead")
@@ -398,17 +445,24 @@ def torture(name: str, kills: int, world: Path, folder: Path, *, seed: int = 0) 
     outcome, attempt = Outcome(), 0
     while outcome.kills < kills:
         attempt += 1
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # a power loss may have left nothing
         draws = generator(seed, f"torture {name}", attempt)
+        _BOARD[_SAVED] = bytes(8)
         killed = 0
         for _ in range(2 if attempt % 5 == 0 else 1):  # every fifth run dies twice
-            at_event = bool(draws.integers(2))
+            at_event = bool(draws.integers(3))
             doom = Doom(event=int(draws.integers(1, events + 1)), share=float(draws.choice([0.0, 0.5, 1.0])))
+            doom.power = int(draws.integers(1 << 31)) if draws.integers(2) else None
             if _live(job, world, path, log, doom if at_event else Doom(), 0.0 if at_event else cpu * draws.random()):
                 break
             killed += 1
-            outcome.by["a dealing with the file system" if at_event else "CPU time"] += 1
+            dealing = "a dealing with the file system" if doom.power is None else "a loss of power"
+            outcome.by[dealing if at_event else "CPU time"] += 1
             outcome.phases[_phase()] += 1
+            if _newest(path) < _saved():
+                outcome.differences.append(
+                    f"attempt {attempt}: the checkpoint of step {_saved()} was safe, and is lost"
+                )
         if not killed:
             continue
         outcome.kills += killed

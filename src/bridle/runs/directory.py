@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Self
@@ -148,6 +148,9 @@ class Run:
             for name in FOLDERS:
                 (path / name).mkdir(exist_ok=True)
             save_json(path / "config.json", head)
+            for folder in (path, *held.made):
+                with suppress(PermissionError):  # a folder above it that may not be read
+                    sync(folder.parent)
         return run
 
     @classmethod
