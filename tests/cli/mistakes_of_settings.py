@@ -146,6 +146,7 @@ _OF_CONTROL: dict[str, tuple[str, ...]] = {
     "episodes cut at once": train("CartPole-v1", "--world.max-episode-steps", "0"),
     "making anew what shares one process": train("CartPole-v1", "--world.on-death", "restart"),
     "a limit of no deaths": train("CartPole-v1", "--world.death-limit", "0"),
+    "a step that takes no time": train("CartPole-v1", "--world.step-timeout", "0"),
     "an autoreset mode for envpool": train(
         "CartPole-v1", "--world.vectorization", "envpool", "--world.autoreset", "disabled"
     ),

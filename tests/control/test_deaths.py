@@ -181,6 +181,7 @@ def test_a_death_between_episodes_costs_no_transition_where_the_last_one_came_ba
         ("kill", "the process of environment . died, killed by signal 9 .out of memory, or killed from outside; .*;"),
         ("leave", "the process of environment ., after action 0, died, left with exit code 7;"),
         ("raise", "of environment ., after action 0, raised KeyError: 'the.nbattery is empty';"),
+        ("hang", "the process of environment ., after action 0, did not answer within 2 s;"),
     ],
 )
 @pytest.mark.parametrize("limit", [0, 1])
@@ -188,15 +189,16 @@ def test_the_death_after_the_last_that_is_allowed_ends_it_and_is_named(
     how: str, words: str, limit: int, tmp_path: Path
 ) -> None:
     asked = (tickets(tmp_path / "tickets", 1 + limit), f"how={how}")
+    changes: dict[str, Any] = {"num_envs": 1, "kwargs": asked, "step_timeout": 2.0 if how == "hang" else None}
     if limit:
-        world = mortal("Fated", 8, limit=limit, num_envs=1, kwargs=asked).world
+        world = mortal("Fated", 8, limit=limit, **changes).world
         assert [bool(step.lost[0]) for step in steps(world, 5)].count(True) == 1
         (line,) = world.told()
         assert line.startswith("environment 0 ")
         assert line.endswith("; made anew (1 of at most 1)")
         assert "\n" not in line
     else:
-        world = make_world("BridleTest/Fated-v0", WorldSettings(num_envs=1, vectorization="async", kwargs=asked))
+        world = make_world("BridleTest/Fated-v0", WorldSettings(vectorization="async", **changes))
         world.reset(5)
     way = (
         "1 were made anew before it, as many as world.death_limit allows" if limit else "--world.on-death restart makes"
@@ -204,6 +206,21 @@ def test_the_death_after_the_last_that_is_allowed_ends_it_and_is_named(
     with pytest.raises(WorldError, match=f"step.*{words.replace(' died', '.* died')} {way}") as found:
         steps(world, 20)
     assert "\n" not in str(found.value)
+    world.close()
+
+
+def test_one_that_hangs_is_ended_and_only_its_own_step_is_lost(tmp_path: Path) -> None:
+    asked = (tickets(tmp_path / "tickets", 1), "how=hang")
+    world = mortal("Fated", 8, kwargs=asked, step_timeout=2.0).world
+    assert world._processes is not None
+    before = list(world._processes.processes)
+    lost = np.array([step.lost for step in steps(world, 8)])
+    (which,) = (index for index, process in enumerate(before) if process is not world._processes.processes[index])
+    hung = before[which]
+    assert hung is not None
+    assert hung.exitcode == -9
+    assert lost.sum(axis=0).tolist() == [int(which == 0), int(which == 1)]
+    assert world.told() == [f"environment {which} did not answer within 2 s; made anew (1 of at most 999)"]
     world.close()
 
 
@@ -237,3 +254,6 @@ def test_only_processes_of_their_own_can_be_made_anew() -> None:
         WorldSettings(on_death="restart")
     with pytest.raises(ConfigError, match="death_limit=0"):
         WorldSettings(death_limit=0)
+    for timeout in (0.0, -1.0, 1e7, float("nan")):
+        with pytest.raises(ConfigError, match=r"step_timeout=.*: expected seconds in \(0, 1e\+06\]"):
+            WorldSettings(step_timeout=timeout)

@@ -51,7 +51,7 @@ class Mortal(Counter):
 class Fated(Counter):
     """A Counter that dies at its third step, or where it begins an episode by itself, once for each file that it finds.
 
-    ``how``: "kill", "raise" or "leave".
+    ``how``: "kill", "raise", "leave" or "hang".
     """
 
     def __init__(self, tickets: str, where: str = "step", how: str = "kill") -> None:
@@ -68,6 +68,8 @@ class Fated(Counter):
                 raise KeyError("the\nbattery is empty")
             if self.how == "leave":
                 raise SystemExit(7)
+            if self.how == "hang":
+                os.read(os.pipe()[0], 1)  # of a pipe whose other end it holds itself: for ever
             os.kill(os.getpid(), signal.SIGKILL)
 
     def reset(

@@ -93,6 +93,18 @@ def test_a_death_while_a_run_is_taken_up_is_none_of_its_numbers(
     assert event["step"] == 3
 
 
+def test_a_run_in_which_an_environment_hung_is_taken_up_as_the_run_that_it_was(tmp_path: Path) -> None:
+    asked = (tickets(tmp_path / "tickets", 1), "how=hang")
+    whole, cut = run(fated(tmp_path / "whole", asked, world={"step_timeout": 2.0})), tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    forget_after(cut, 3)
+    run(fated(cut, asked, world={"step_timeout": None}), resume=True)
+    for name in ("metrics.jsonl", "policy/policy.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    (event,) = [event for event in Run.open(cut).events() if event["kind"] == "environment"]
+    assert "did not answer within 2 s; made anew (1 of at most 10)" in str(event["text"])
+
+
 def test_a_death_is_an_event_a_line_and_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = (tickets(tmp_path / "tickets", 3), "how=raise")
     path = run(fated(tmp_path / "run", asked, run={"quiet": False}, record_every=4))

@@ -35,6 +35,9 @@ _MODES = {
 _EXTRAS = {"gymnasium.envs.mujoco": "mujoco", "gymnasium.envs.box2d": "box2d", "ale_py": "atari"}
 """Whose environments need what beyond Gymnasium itself."""
 
+LONGEST = 1e6
+"""Seconds, eleven days: no step is waited for longer, by the clock of poll(2) at least."""
+
 _FORMS = {
     "sync": "in one process",
     "async": "in a process each",
@@ -73,6 +76,9 @@ class WorldSettings:
     death_limit: int = 10
     """≥ 1, how often training, and how often evaluation, may make one anew before the next death ends the run; a resume counts
     from 0 again."""
+    step_timeout: float | None = 600.0
+    """> 0 seconds that an environment in a process of its own ("async") may take for a step, for a reset or to be made.
+    One that takes longer hangs: its process is ended, which is a death. None waits for ever."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -84,6 +90,9 @@ class WorldSettings:
             raise ConfigError.of(
                 "death_limit", self.death_limit, "a whole number >= 1", 'to allow none: on_death "fail"'
             )
+        if self.step_timeout is not None and not 0 < self.step_timeout <= LONGEST:
+            remedy = "leave it out to wait ten minutes"
+            raise ConfigError.of("step_timeout", self.step_timeout, f"seconds in (0, {LONGEST:g}]", remedy)
         if self.on_death == "restart" and self.vectorization != "async":
             remedy = "elsewhere an environment that dies takes the run with it"
             raise ConfigError.of("on_death", self.on_death, '"fail", or vectorization "async"', remedy)
@@ -168,7 +177,8 @@ def make_vector(
             mode = _MODES[settings.autoreset or "same_step"]
             if form == "async":
                 allowed = settings.death_limit if settings.on_death == "restart" else 0
-                return Processes([make] * settings.num_envs, mode, allowed=allowed), form
+                makes = [make] * settings.num_envs
+                return Processes(makes, mode, allowed=allowed, timeout=settings.step_timeout), form
             # World encodes what it is shown into memory of its own
             return SyncVectorEnv([make] * settings.num_envs, copy=False, autoreset_mode=mode), form
         except (DependencyNotInstalled, ModuleNotFoundError) as error:

@@ -1,11 +1,13 @@
-"""Environments in a process each. Which of them died is known, and as often as is allowed it is made anew."""
+"""Environments in a process each. Which of them died, or hangs, is known, and as often as is allowed it is made anew."""
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import time
@@ -38,7 +40,7 @@ _Request = tuple[str, Any]
 
 
 class Gone(Exception):
-    """An environment is no more: its process died, or its code raised something, which ends its process too."""
+    """An environment is no more: its process died, or was ended because its code raised something or did not answer in time."""
 
     def __init__(self, environment: int, how: str, *, raised: bool) -> None:
         """Say that ``environment`` (counted from 0) "raised KeyError: …" or "died, killed by signal 9"."""
@@ -73,8 +75,21 @@ class Processes(VectorEnv[Any, Any, Any]):
     in its place, its reward is 0, and what it shows is the new one's first observation.
     """
 
-    def __init__(self, makes: Sequence[Callable[[], Env[Any, Any]]], mode: AutoresetMode, *, allowed: int = 0) -> None:
+    def __init__(
+        self,
+        makes: Sequence[Callable[[], Env[Any, Any]]],
+        mode: AutoresetMode,
+        *,
+        allowed: int = 0,
+        timeout: float | None = None,
+    ) -> None:
         """Start a process for each of ``makes``.
+
+        Args:
+            makes: makes one environment each.
+            mode: when an environment is reset by itself.
+            allowed: how often one that is gone is made anew.
+            timeout: [seconds] > 0 that one may take to be made, for a step or for a reset; after them it is ended, and gone.
 
         Raises:
             Gone: an environment cannot be made.
@@ -95,12 +110,14 @@ class Processes(VectorEnv[Any, Any, Any]):
         """one line for each that was made anew; whoever tells them empties it."""
         self._makes, self._mode = makes, mode
         self._allowed = self._left = allowed
+        self._timeout = math.inf if timeout is None else timeout
         self._seed, self._call = 0, 0
         self._expected: dict[tuple[int, int], int] = {}
         self._shown: list[Any] = [None] * self.num_envs
         self._array: Any = create_empty_array(self.single_observation_space, n=self.num_envs, fn=np.zeros)
         self.processes: list[BaseProcess | None] = [None] * self.num_envs
         self._pipes: list[Connection | None] = [None] * self.num_envs
+        self._polls = [select.poll() for _ in range(self.num_envs)]
         self._parent = os.getpid()
         self._at_exit = partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)  # before multiprocessing waits for them, who do not hear its SIGTERM
@@ -189,14 +206,15 @@ class Processes(VectorEnv[Any, Any, Any]):
             if pipe is not None and request is not None and seed is None:
                 with suppress(OSError):  # what became of it is heard when it is listened to
                     pipe.send(request)
-        return [self._answer(index, request, anew[index]) for index, request in enumerate(requests)]
+        until = time.monotonic() + self._timeout
+        return [self._answer(index, request, anew[index], until) for index, request in enumerate(requests)]
 
-    def _answer(self, index: int, request: _Request | None, seed: int | None) -> Any:
+    def _answer(self, index: int, request: _Request | None, seed: int | None, until: float) -> Any:
         if request is None:
             return None
         try:
             if seed is None:
-                return self._listen(index)
+                return self._listen(index, until)
             self.lost[index] = True
             return self._begin_again(index, seed)
         except Gone as gone:
@@ -233,13 +251,17 @@ class Processes(VectorEnv[Any, Any, Any]):
         assert pipe is not None
         with suppress(OSError):
             pipe.send(("reset", seed))
-        return self._listen(index)
+        return self._listen(index, time.monotonic() + self._timeout)
 
-    def _listen(self, index: int) -> Any:
-        """Return an environment's answer; raises :class:`Gone`."""
+    def _listen(self, index: int, until: float) -> Any:
+        """Return an environment's answer; raises :class:`Gone`, also where none has come by the time ``until``."""
         pipe, process = self._pipes[index], self.processes[index]
         assert pipe is not None
         assert process is not None
+        if until < math.inf and not self._polls[index].poll(1000 * max(0.0, until - time.monotonic())):
+            process.kill()  # nothing else ends one that hangs
+            process.join()
+            raise Gone(index, f"did not answer within {self._timeout:g} s", raised=False)
         try:
             fine, answer = pipe.recv()
         except (EOFError, OSError):
@@ -259,6 +281,7 @@ class Processes(VectorEnv[Any, Any, Any]):
         if process is not None and pipe is not None:
             process.kill()
             process.join()
+            self._polls[index].unregister(pipe)
             pipe.close()
         context = multiprocessing.get_context()
         own, theirs = context.Pipe()
@@ -268,6 +291,7 @@ class Processes(VectorEnv[Any, Any, Any]):
             process.start()
         theirs.close()
         self.processes[index], self._pipes[index] = process, own
+        self._polls[index].register(own, select.POLLIN)
 
 
 def _close(processes: weakref.ref[Processes]) -> None:

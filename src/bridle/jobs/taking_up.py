@@ -19,7 +19,7 @@ _MAY_CHANGE = {
         *("on_fault", "fault_limit"),
         *("device", "threads"),  # what they come to is compared, with the rest of the machine
     ),
-    "world": ("on_death", "death_limit"),
+    "world": ("on_death", "death_limit", "step_timeout"),
 }
 """Settings that change no number of a run that goes well, by their groups."""
 
