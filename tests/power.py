@@ -3,8 +3,8 @@
 A file's content is durable as of its last fsync, the names in a folder as of the folder's last fsync (POSIX promises no
 more). Of what came after, each change is drawn to have reached the disk or not, on its own: a file may be there without its
 content, with a part of it, or with zeros for it; a removed file may be back. Only what a file system does at once stays
-at once: a rename, the old name, the new name and whatever it replaced. The model is that of Pillai et al., "All File Systems Are
-Not Created Equal" (OSDI 2014), section 3, for a file system that keeps no order between directory operations.
+at once: a rename, the old name, the new name and whatever it replaced. The model is that of Pillai et al., "All File Systems
+Are Not Created Equal" (OSDI 2014), section 3, for a file system that keeps no order between directory operations.
 """
 
 from __future__ import annotations
