@@ -17,6 +17,7 @@ from bridle.language import likelihood, prompts
 from bridle.language.prompts import MixSettings
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.sampler.engine import EmbeddedSampler
+from bridle.language.scorers import RewardSettings
 from bridle.learn.memory import MicroBudget, RowBudget, within_memory, within_rows
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
@@ -145,6 +146,31 @@ def test_what_ppo_only_looks_at(world: Path, tmp_path: Path, monkeypatch: pytest
         for name in ("full", "roomy")
     ]
     assert judged[0] == pytest.approx(judged[1], abs=1e-5)
+
+
+def test_the_judge_of_ppo(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward model that scores answers: its own number is halved, and kept for a resume; training's is not."""
+    reward.run(reward_config(world, tmp_path / "judge", epochs=1))
+    model = RewardSettings(model=str(tmp_path / "judge" / "reward"))
+    settings: dict[str, Any] = {"steps": 2, "reward": model, "actor": EVEN, "critic_optim": EVEN}
+    ppo.run(ppo_config(world, tmp_path / "roomy", **settings))
+    refused = full_without_gradients(monkeypatch, room=1, of="bridle.language.scorers.models.score_sequences")
+    ppo.run(ppo_config(world, tmp_path / "full", **settings))
+    events = [event for event in Run.open(tmp_path / "full").events() if event["kind"] == "memory"]
+    assert refused() == len(events) >= 2
+    assert {event["step"] for event in events} == {0}  # in the evaluation before the first step
+    assert all("judged_tokens" in event and "tokens" not in event for event in events)
+    assert "out of memory: the judge's micro-batches of at most " in str(events[0]["text"])
+    scores = [
+        [row["score"] for row in Run.open(tmp_path / name).metrics() if "score" in row] for name in ("full", "roomy")
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert close(tmp_path / "full/policy/model.safetensors", tmp_path / "roomy/policy/model.safetensors")
+    before = refused()
+    shutil.rmtree(tmp_path / "full" / "checkpoints" / "step-2")
+    shutil.rmtree(tmp_path / "full" / "policy")
+    ppo.run(ppo_config(world, tmp_path / "full", **settings), resume=True)
+    assert refused() == before
 
 
 def tight(monkeypatch: pytest.MonkeyPatch, sampler: Any, *, room: int, length: int = 6) -> Callable[[], int]:

@@ -38,7 +38,6 @@ from bridle.language.scorers import (
     RewardModelScorer,
     RewardSettings,
     Scorer,
-    WeightedSum,
     build_scorer,
 )
 from bridle.language.segments import Segments
@@ -168,6 +167,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
         for note in world.notes:
             session.say(note)
         budget, rows = session.micro_budget(config.ppo.micro_batch_tokens), session.row_budget(config.sampling.rows)
+        judging = [session.take_up_budget(judge.budget) for judge in world.models]
         if session.start == 0:
             _evaluate(config, world, session, 0, budget, rows)
         with session.progress(config.steps, "ppo", start=session.start) as progress:
@@ -194,7 +194,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
                     session.run.timing(step, **account.row(prepared, updates, critic_only=critic_only))
                     progress.advance(**_shown(metrics))
                     state = state.after(prepared, metrics["exact_kl"], len(episodes))
-                session.tell_memory(step, budget, rows)
+                session.tell_memory(step, budget, rows, *judging)
                 if step % config.evaluation.every == 0 or step == config.steps:
                     _evaluate(config, world, session, step, budget, rows)
                 session.end_step(step, last=config.steps, save=partial(save, world.roles, optimiser, state))
@@ -215,6 +215,7 @@ class _World:
     accounts: Accounts
     scorer: TimedScorer
     mishaps: list[Mishap]
+    models: list[RewardModelScorer]
     held_out_scorer: Scorer
     prompts: list[PromptTokens]
     held_out: list[PromptTokens]
@@ -255,13 +256,15 @@ def _open(config: PPOConfig) -> _World:
     )
     asked.described.require_like(roles.policy.actor.model, roles.tokenizer)
     scorer = build_scorer(config.reward, roles.tokenizer, functions=asked.functions, device=device, base=roles.base)
-    memory = _memory(config, roles, scorer, asked.longest)
+    models = [judge for judge in scorer.scorers if isinstance(judge, RewardModelScorer)]
+    memory = _memory(config, roles, models, asked.longest)
     require_memory(memory, device)
     warnings = tuple(note for note in (roles.policy.actor.warning, roles.warning) if note is not None)
     return _World(
         roles=roles,
         accounts=Accounts(roles, compute_dtype=roles.policy.compute_dtype, before=before),
         mishaps=scorer.mishaps,
+        models=models,
         scorer=TimedScorer(scorer),
         held_out_scorer=WithGold(scorer, asked.functions.gold),
         prompts=asked.prompts,
@@ -278,12 +281,11 @@ def _open(config: PPOConfig) -> _World:
     )
 
 
-def _memory(config: PPOConfig, roles: Roles, scorer: WeightedSum, longest: int) -> MemoryEstimate:
+def _memory(config: PPOConfig, roles: Roles, models: list[RewardModelScorer], longest: int) -> MemoryEstimate:
     """What the run will hold, by its settings and the longest text that may come."""
-    judges = [judge.model for judge in scorer.scorers if isinstance(judge, RewardModelScorer)]
     return estimate_memory(
         roles.policy,
-        (roles.reference, *judges),
+        (roles.reference, *(judge.model for judge in models)),
         answers=config.prompts_per_step * config.answers_per_prompt,
         minibatches=config.ppo.minibatches,
         longest=longest,
@@ -402,7 +404,7 @@ def _evaluate(
         )
     finally:
         tell_mishaps(world.mishaps, session, step)
-    session.tell_memory(step, budget, rows)
+    session.tell_memory(step, budget, rows, *(judge.budget for judge in world.models))
     metrics = found.metrics()
     session.record(step, {f"evaluation/{name}": value for name, value in metrics.items()})
     session.run.samples(step, found.rows(), name="evaluation")

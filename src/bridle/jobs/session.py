@@ -167,6 +167,11 @@ class Session:
         """The same of how many answers may be under way at once."""
         return RowBudget(self._left("rows", rows) or rows)
 
+    def take_up_budget(self, budget: MicroBudget) -> MicroBudget:
+        """Leave a budget that was there before the session what it was left with; return it."""
+        budget.tokens = self._left(budget.name, budget.tokens)
+        return budget
+
     def _left(self, name: str, value: int | None) -> int | None:
         for event in self.run.events():
             step, left = event.get("step"), event.get(name)
@@ -177,7 +182,7 @@ class Session:
     def tell_memory(self, step: int, *budgets: MicroBudget | RowBudget) -> None:
         """Keep it as events where memory ran out, and say so."""
         for budget in budgets:
-            left = {"tokens": budget.tokens} if isinstance(budget, MicroBudget) else {"rows": budget.rows}
+            left = {budget.name: budget.tokens} if isinstance(budget, MicroBudget) else {"rows": budget.rows}
             for text in budget.halvings:
                 self.run.event("memory", f"step {step}: {text}", step=step, **left)
                 self.say(f"step {step}: {text}")

@@ -19,9 +19,12 @@ _T = TypeVar("_T")
 class MicroBudget:
     """How many tokens (units × longest unit) one forward pass may hold, as long as the memory lasts."""
 
-    def __init__(self, tokens: int | None) -> None:
+    def __init__(self, tokens: int | None, *, name: str = "tokens", of: str = "micro-batches") -> None:
         self.tokens = tokens
         """at most this many; None is no bound."""
+        self.name = name
+        """what the number is called where it is kept."""
+        self._of = of
         self.halvings: list[str] = []
         """one line for each time that it was halved; whoever tells them empties it."""
 
@@ -39,7 +42,7 @@ class MicroBudget:
                 "or run.dtype bfloat16"
             )
         self.tokens = max(before // 2, longest)
-        self.halvings.append(f"out of memory: micro-batches of at most {self.tokens} tokens from here on, not {before}")
+        self.halvings.append(f"out of memory: {self._of} of at most {self.tokens} tokens from here on, not {before}")
 
 
 class RowBudget:

@@ -31,6 +31,7 @@ from bridle.language.sampler import Stop
 from bridle.language.scorers.answers import Answers, Scorer, Scores, WeightedSum
 from bridle.language.scorers.asking import JudgingSettings, Mishap
 from bridle.language.scorers.functions import FunctionScorer, GroupScorer
+from bridle.learn.memory import MicroBudget, within_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,8 +63,9 @@ class RewardModelScorer:
     ) -> None:
         self.name = name
         self.model = model
+        self.budget = MicroBudget(micro_tokens, name="judged_tokens", of="the judge's micro-batches")
+        """how many tokens it reads at once: halved where memory runs out; whoever owns the judge tells it."""
         self._encode = encode
-        self._micro_tokens = micro_tokens
         disable_dropout(model)
         check_score_head(model)
 
@@ -81,7 +83,12 @@ class RewardModelScorer:
             texts = zip(answers.prompts, answers.completions, answers.stops, strict=True)
             sequences = [self._encode(prompt, completion, stop) for prompt, completion, stop in texts]
         check_lengths(self.model, sequences, "ask for shorter answers, or take a reward model with a longer context")
-        values = score_sequences(self.model, sequences, micro_tokens=self._micro_tokens).tolist()
+        scored = within_memory(
+            self.budget,
+            torch.tensor([len(sequence) for sequence in sequences]),
+            lambda tokens: score_sequences(self.model, sequences, micro_tokens=tokens),
+        )
+        values = scored.tolist()
         for position, value in enumerate(values):
             if not math.isfinite(value):
                 raise ScorerError(f"{self.name} gave {value} for answer {position}; its weights are damaged")
