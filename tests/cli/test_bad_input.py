@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_passed_over_where_that_is_asked_for(bridle: Bri
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"clip": 0.2,', '"clip": 0.3,', "ppo.clip=0.3 is not what r was started with; resume with its own settings"),
+        ('"clip": 0.2,', '"clip": 0.3,', "ppo.clip=0.3 is not what r was started with, so it would not go"),
         ('"steps": 2,', '"steps": "many",', "steps='many': expected int"),
         ('"steps": 2,', '"steps": 0,', "steps=0: expected a whole number >= 1"),
         (

@@ -129,7 +129,7 @@ def test_the_positional_may_also_be_named(toy: ModuleType, bridle: Bridle) -> No
         (("resume",), "bridle resume takes one path, not 0; for instance: bridle resume runs/first"),
         (("resume", "a", "b"), "takes one path, not 2"),
         (("resume", "nothing"), "nothing does not exist"),
-        (("resume", "--steps"), "bridle resume takes no option but --force"),
+        (("resume", "--steps"), "bridle resume takes the run first, then options"),
         (("runs", "nothing"), "nothing is not a directory"),
     ],
 )
@@ -187,6 +187,84 @@ def test_our_own_mistakes_keep_their_traceback(toy: ModuleType, bridle: Bridle) 
     toy.failure = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError, match="a bug"):
         bridle(*GOOD)
+
+
+def interrupted(toy: ModuleType, bridle: Bridle) -> None:
+    toy.failure = Stopped("stopped")
+    assert bridle(*GOOD, "--run.checkpoint-every", "1")[0] == 130
+    toy.failure = None
+
+
+def test_resume_takes_the_settings_that_may_change_and_keeps_them(toy: ModuleType, bridle: Bridle) -> None:
+    interrupted(toy, bridle)
+    toy.failure = Stopped("stopped")
+    options = ("--run.on-fault", "skip", "--run.fault-limit=7", "--run.keep-checkpoints", "1")
+    assert bridle("resume", "r", *options)[0] == 130
+    toy.failure = None
+    assert bridle("resume", "r") == (0, "r\n", "")
+    run = Run.open("r")
+    for kept in (run.config, run.resolved):
+        settings = kept["run"]
+        assert isinstance(settings, dict)
+        assert (settings["on_fault"], settings["fault_limit"], settings["keep_checkpoints"]) == ("skip", 7, 1)
+    (event,) = [event for event in run.events() if event["kind"] == "settings"]
+    assert event["text"] == (
+        "goes on with run.keep_checkpoints=1 (was 2), run.on_fault=skip (was stop), run.fault_limit=7 (was 3)"
+    )
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [3]
+    assert "forced" not in [event["kind"] for event in run.events()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--steps", "9"),
+            "steps=9 is not what r was started with, so it would not go on as the same run to the bit; ",
+        ),
+        (("--ppo.clip", "0.3", "--run.on-fault", "skip"), "ppo.clip=0.3 is not what r was started with"),
+        (("--run.seed", "1"), "run.seed=1 is not what r was started with"),
+        (("--run.dir", "s"), "a run is taken up where it lies; to give r another place, move the folder"),
+        (("--on-fault", "skip"), "--on-fault is not an option of bridle resume; did you mean --run.on-fault?"),
+        (("--run.on-fault", "fly"), "invalid choice 'fly' for argument '--run.on-fault'"),
+        (("--run.fault-limit", "-1"), "run.fault_limit=-1: expected a number of steps >= 0"),
+        (("--run.quiet", "s"), "s"),
+    ],
+)
+def test_resume_refuses_other_settings_by_name(
+    toy: ModuleType, bridle: Bridle, options: tuple[str, ...], message: str
+) -> None:
+    interrupted(toy, bridle)
+    before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
+    code, out, err = bridle("resume", "r", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_made_longer_only_by_force_and_never_once_it_has_finished(toy: ModuleType, bridle: Bridle) -> None:
+    interrupted(toy, bridle)
+    assert bridle("resume", "r", "--force", "--steps", "5")[:2] == (0, "r\n")
+    run = Run.open("r")
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5]
+    (event,) = [event for event in run.events() if event["kind"] == "forced"]
+    assert event["changes"] == ["steps=5 is another setting"]
+    for force in ((), ("--force",)):
+        code, _, err = bridle("resume", "r", "--steps", "9", *force)
+        assert (code, err) == (
+            2,
+            "bridle: r has finished, so no setting changes it; what goes on from it is another run of its own\n",
+        )
+
+
+def test_resume_says_which_settings_may_change(toy: ModuleType, bridle: Bridle) -> None:
+    code, out, _ = bridle("resume", "--help")
+    assert code == 0
+    for option in ("--force", "--run.on-fault", "--run.fault-limit", "--world.on-death", "--world.step-timeout"):
+        assert option in out
+    assert "--run.dir" not in out
+    assert "--run.threads" not in out
 
 
 def test_resume_goes_on_also_after_the_run_was_moved(toy: ModuleType, bridle: Bridle, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def parse(
     except SystemExit as leave:
         if not leave.code:
             raise
-        raise _diagnose(config_class, arguments, program, complaint.getvalue(), leave) from None
+        options = list(options_of(config_class, defaulted=default is not None))
+        raise _diagnose(options, config_class.__name__, arguments, program, complaint.getvalue(), leave) from None
     require_sane(config)
     return config
 
@@ -95,9 +96,8 @@ def first_look(config_class: type[T], arguments: Sequence[str], *, positional: s
 
 
 def _diagnose(
-    config_class: type[Any], arguments: Sequence[str], program: str, complaint: str, leave: SystemExit
+    options: Sequence[Option], outermost: str, arguments: Sequence[str], program: str, complaint: str, leave: SystemExit
 ) -> UserError:
-    options = list(options_of(config_class))
     names = [option.name for option in options] + [option.negation for option in options if option.negation]
     given = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
     help_line = f"see `{program} --help`"
@@ -109,7 +109,7 @@ def _diagnose(
             )
     refusal = _user_error_behind(leave)
     if refusal is not None:
-        return _with_group(refusal, complaint, config_class.__name__)
+        return _with_group(refusal, complaint, outermost)
     missing = [option.name for option in options if option.required and option.name not in given]
     if missing:
         *others, last = missing

@@ -90,7 +90,7 @@ COMMANDS = {
 """What each job command runs."""
 
 _OTHERS = {
-    "resume": "go on with a run from its newest checkpoint: bridle resume RUN [--force]",
+    "resume": "go on with a run from its newest checkpoint: bridle resume RUN [--force] [SETTINGS]",
     "runs": "list the runs under a directory (default: runs): bridle runs [DIR]",
     "replay": "take a step again that was not finite, and say where that begins: bridle replay RUN/faults/step-N",
     "events": "print what happened in a run, invariants crossed and faults included: bridle events RUN",
@@ -162,13 +162,17 @@ def _finding_modules_here() -> Iterator[None]:
 def _one_path(name: str, arguments: Sequence[str], default: str | None) -> Path | None:
     """Read the one path that the commands without options take; None after ``--help``."""
     if any(argument in ("-h", "--help") for argument in arguments):
-        takes = {"resume": "RUN [--force]", "runs": "[DIR]", "events": "RUN", "replay": "RUN/faults/step-N"}
+        takes = {"resume": "RUN [--force] [SETTINGS]", "runs": "[DIR]", "events": "RUN", "replay": "RUN/faults/step-N"}
         print(f"usage: bridle {name} {takes[name]}\n\n{_OTHERS[name]}")
         if name == "resume":
+            from bridle.jobs.taking_up import may_change
+
+            options = ", ".join(f"--{setting.replace('_', '-')}" for setting in may_change())
             print("\n  --force     go on also where it cannot be the same run to the bit, and record why")
+            print(f"\nSettings that may change where a run is taken up, as its command takes them: {options}")
         return None
     if any(argument.startswith("-") for argument in arguments):
-        allowed = "no option but --force" if name == "resume" else "no options; give it a path only"
+        allowed = "the run first, then options" if name == "resume" else "no options; give it a path only"
         raise UserError(f"bridle {name} takes {allowed}")
     if len(arguments) > 1 or (not arguments and default is None):
         raise UserError(f"bridle {name} takes one path, not {len(arguments)}; for instance: bridle {name} runs/first")
@@ -177,14 +181,22 @@ def _one_path(name: str, arguments: Sequence[str], default: str | None) -> Path 
 
 def _resume(arguments: Sequence[str]) -> None:
     force = "--force" in arguments
-    path = _one_path("resume", [argument for argument in arguments if argument != "--force"], None)
+    arguments = [argument for argument in arguments if argument != "--force"]
+    asks_help = any(argument in ("-h", "--help") for argument in arguments)
+    options = next((place for place, word in enumerate(arguments) if place and word.startswith("-")), len(arguments))
+    path = _one_path("resume", arguments if asks_help else arguments[:options], None)
     if path is None:
         return
+    chosen = arguments[options:]
     _here()
     from bridle.runs import Run, RunState
 
     run = Run.open(path)
     if run.state() is RunState.FINISHED:
+        if chosen:
+            raise RunError(
+                f"{path} has finished, so no setting changes it; what goes on from it is another run of its own"
+            )
         print(f"{path} has finished; there is nothing to resume")
         return
     commands = [command for command in COMMANDS.values() if command.job == run.job]
@@ -199,7 +211,19 @@ def _resume(arguments: Sequence[str]) -> None:
     here = {**run.config, "run": {**settings, "dir": str(path)}}
     config = from_dict(config_class, here)
     require_sane(config)
+    if chosen:
+        config = _changed(config_class, config, chosen, path)
     _call(commands[0], partial(job, config, resume=True, force=force))
+
+
+def _changed(config_class: type[Any], config: Any, chosen: Sequence[str], path: Path) -> Any:
+    """Lay the options that a resume is given over the run's own settings; whether they may change is for the job to say."""
+    from bridle.cli.arguments import parse
+
+    changed = parse(config_class, chosen, program="bridle resume", default=config)
+    if changed.run.dir != path:
+        raise RunError(f"a run is taken up where it lies; to give {path} another place, move the folder")
+    return changed
 
 
 def _runs(arguments: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from bridle.errors import RunError, TrainingError, UserError
 from bridle.jobs.config import to_dict
 from bridle.jobs.progress import Progress, progress_on
 from bridle.jobs.settings import RunSettings, resolve_device
-from bridle.jobs.taking_up import changed_records, changed_settings, changed_surroundings, newest_whole
+from bridle.jobs.taking_up import changed_records, changed_settings, changed_surroundings, chosen_anew, newest_whole
 from bridle.learn.memory import MicroBudget, RowBudget
 from bridle.runs import Checkpoint, Reserved, Run, reserve
 from bridle.runs.depends import Sources, take_stock
@@ -340,6 +340,9 @@ class Place:
             changes = changed_surroundings(run, depends, force=self._force)
             changes = [*changed_settings(run, asked, force=self._force), *changes, *self._lacking]
             self._go_back(run, console)
+            if chosen := chosen_anew(run, asked):
+                run.keep_settings(asked, resolved)
+                run.event("settings", f"goes on with {', '.join(chosen)}", settings=chosen)
             if changes:
                 run.go_on_as(asked, resolved, depends, changes)
                 text = "forced: from here on another run than it was, because " + "; ".join(changes)

@@ -10,7 +10,7 @@ from bridle.runs.depends import differences
 from bridle.runs.extent import missing
 from bridle.runs.files import Json
 
-__all__ = ["changed_records", "changed_settings", "changed_surroundings", "newest_whole"]
+__all__ = ["changed_records", "changed_settings", "changed_surroundings", "chosen_anew", "may_change", "newest_whole"]
 
 _MAY_CHANGE = {
     "run": (
@@ -22,6 +22,30 @@ _MAY_CHANGE = {
     "world": ("on_death", "death_limit", "step_timeout"),
 }
 """Settings that change no number of a run that goes well, by their groups."""
+
+
+_NOT_CHOSEN = ("dir", "device", "threads")
+"""Of these what a run is opened with: where it lies, and what comes to the same machine."""
+
+
+def may_change() -> list[str]:
+    """List the settings that a resume may be given, as group.name: they change no number of a run that goes well."""
+    return [f"{of}.{name}" for of, names in _MAY_CHANGE.items() for name in names if name not in _NOT_CHOSEN]
+
+
+def chosen_anew(run: Run, asked: Mapping[str, Json]) -> list[str]:
+    """List the settings in which a run goes on otherwise than it was begun, though as the same run to the bit."""
+    found = []
+    for setting in may_change():
+        of, _, name = setting.partition(".")
+        old, new = run.config.get(of), asked.get(of)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and name in new and old.get(name) != new[name]:
+            found.append(f"{setting}={_shown(new[name])} (was {_shown(old.get(name))})")
+    return found
+
+
+def _shown(value: Json) -> str:
+    return "none" if value is None or value == [] else str(value)
 
 
 def newest_whole(run: Run, *, force: bool) -> tuple[Checkpoint | None, list[str]]:
@@ -72,7 +96,7 @@ def changed_settings(run: Run, asked: Mapping[str, Json], *, force: bool) -> lis
     changed = next(filter(None, (_first_difference(old, _essential(asked), "") for old in kept)), None)
     if not force and changed is not None:
         raise RunError(
-            f"{changed} is not what {run.path} was started with; "
+            f"{changed} is not what {run.path} was started with, so it would not go on as the same run to the bit; "
             f"resume with its own settings or start a new run, or {_forced(run)}"
         )
     return [] if changed is None else [f"{changed} is another setting"]

@@ -231,6 +231,12 @@ class Run:
         with self._writing():
             save_json(self.path / "config.json", self._head)
 
+    def keep_settings(self, config: Mapping[str, Json], resolved: Mapping[str, Json]) -> None:
+        """Write other settings into config.json, with which the run goes on as the same run."""
+        self._head |= {"config": dict(config), "resolved": dict(resolved)}
+        with self._writing():
+            save_json(self.path / "config.json", self._head)
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Turn what the system says against writing into one line; what was saved before is whole."""
