@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from bridle.control.environments import World
 from bridle.control.making import WorldSettings, make_world
 from bridle.errors import ConfigError, NonFiniteWorld, WorldError
-from tests.control.worlds import MODES, Counter
+from tests.control.worlds import MODES, Counter, Worn
 
 Transition = tuple[tuple[float, ...], float, tuple[float, ...], bool, bool]
 
@@ -40,6 +40,22 @@ def transitions(mode: str, *, num_envs: int, steps: int, vectorization: str = "s
         observations = taken.observations
     world.close()
     return seen
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["sync", "async", lambda: SyncVectorEnv([Worn] * 2, autoreset_mode=AutoresetMode.SAME_STEP)],
+    ids=["sync", "async", "function"],
+)
+def test_seed_and_actions_determine_what_follows_also_where_an_environment_keeps_its_past(given: Any) -> None:
+    settings = WorldSettings(num_envs=2, vectorization=given) if isinstance(given, str) else WorldSettings()
+    world = make_world("BridleTest/Worn-v0" if isinstance(given, str) else given, settings)
+    seen = []
+    for _ in range(3):
+        world.reset(seed=7)
+        seen.append([world.step(np.zeros(2, dtype=np.int64)).rewards.tolist() for _ in range(9)])
+    world.close()
+    assert seen[0] == seen[1] == seen[2]
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])

@@ -38,6 +38,19 @@ class Counter(gymnasium.Env[np.ndarray, int]):
         return self._show(), self.number + 0.25 * self.t, end and not cut, end and cut, {}
 
 
+class Worn(Counter):
+    """A Counter whose rewards grow with all the steps of its life, which no reset takes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.life = 0
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.life += 1
+        shown, reward, terminated, truncated, info = super().step(action)
+        return shown, reward + self.life, terminated, truncated, info
+
+
 class Mortal(Counter):
     """A Counter whose process dies at the last step of every episode instead of ending it; reward as a Counter's."""
 
@@ -340,6 +353,7 @@ _TEXT_INSIDE = spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2), spaces.Text(3
 
 WORLDS: dict[str, dict[str, Any]] = {
     "Counter-v0": {"entry_point": Counter},
+    "Worn-v0": {"entry_point": Worn},
     "Mortal-v0": {"entry_point": Mortal},
     "Fated-v0": {"entry_point": Fated},
     "Glitching-v0": {"entry_point": Glitching},

@@ -14,11 +14,13 @@ from bridle.control.networks import NetworkSettings
 from bridle.jobs.session import Session, Stopped
 from bridle.learn.ppo import PPOSettings
 from bridle.runs import Run
+from tests.control import worlds
 from tests.jobs.small import small_world
 from tests.torture import APART, JOBS, Job
 
 pytest.importorskip("transformers")
 pytest.importorskip("gymnasium")
+worlds.register()
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,7 @@ def remembering(kind: Literal["lstm", "gru"]) -> dict[str, Any]:
             "control ppo",
             {"world": WorldSettings(num_envs=2, vectorization="async", autoreset="disabled"), "total_steps": 6 * 32},
         ),
+        ("control a2c", {"env": "BridleTest/Worn-v0"}),
         ("sft", {}),
         ("reward", {}),
         ("ppo", {}),

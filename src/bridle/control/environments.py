@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,15 @@ class WorldStep:
 class World:
     """B copies of an environment behind one face for the three autoreset modes (Gymnasium ≥ 1.1)."""
 
-    def __init__(self, name: str, envs: VectorEnv[Any, Any, Any], *, form: str = "", life_loss: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        envs: VectorEnv[Any, Any, Any],
+        *,
+        form: str = "",
+        life_loss: bool = False,
+        remake: Callable[[], VectorEnv[Any, Any, Any]] | None = None,
+    ) -> None:
         """Put ``envs``, called ``name`` in messages, behind this face.
 
         Args:
@@ -60,6 +68,7 @@ class World:
             envs: B environments.
             form: how they run side by side, in words.
             life_loss: a lost life (``info["lives"]`` falls) is a terminal state, though the episode goes on.
+            remake: makes ``envs`` again; None where they cannot be, or see to it themselves.
 
         Raises:
             WorldError: a space is not supported, or the environment does not say its autoreset mode.
@@ -70,6 +79,8 @@ class World:
         self.observations: ObservationSpec = observation_spec(envs.single_observation_space, name)
         self.actions: ActionSpec = action_spec(envs.single_action_space, name)
         self._envs = envs
+        self._remake = remake
+        self._used = False
         self._processes = envs if isinstance(envs, Processes) else None
         self._masks = Masks(name, self.observations, self.actions)
         self._life_loss = life_loss
@@ -79,7 +90,7 @@ class World:
             remedy = "set it to a gymnasium.vector.AutoresetMode"
             raise WorldError(f"{name}: metadata['autoreset_mode'] is {mode!r}; {remedy}")
         self._mode = mode
-        self._copies = tuple(envs.envs) if isinstance(envs, SyncVectorEnv) else ()
+        self._copies = _copies(envs)
         self._nobody = np.zeros(self.num_envs, dtype=np.bool_)
         self._nobody.flags.writeable = False
         self._pending = self._nobody
@@ -87,9 +98,18 @@ class World:
     def reset(self, seed: int) -> Observations:
         """Start all environments anew from ``seed`` and return what they show.
 
+        Those that were in use are made again first, where they can be: some (BipedalWalker-v3) keep something of their
+        past through a reset, and then seed and actions would not determine what follows.
+
         Raises:
             WorldError: the environment raised, showed something that is not finite, or a mask that does not serve.
         """
+        if self._used and self._remake is not None:
+            close(self._envs)
+            with foreign(self.name, "making it again"):
+                self._envs = self._remake()
+            self._copies = _copies(self._envs)
+        self._used = True
         with foreign(self.name, "reset"):
             raw, info = self._envs.reset(seed=seed)
         if self._life_loss:
@@ -207,6 +227,10 @@ class World:
                 text = f"{self.name}: environment {row} showed an observation that is not finite in float32"
                 raise NonFiniteWorld(text, "an observation", row, encoded.vector.clone())
         return encoded
+
+
+def _copies(envs: VectorEnv[Any, Any, Any]) -> tuple[object, ...]:
+    return tuple(envs.envs) if isinstance(envs, SyncVectorEnv) else ()
 
 
 def foreign(

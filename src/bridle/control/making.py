@@ -140,8 +140,9 @@ def make_world(env: str | GivenWorld, settings: WorldSettings) -> World:
         return _given(env)
     envs, form = make_vector(env, settings)
     life_loss = settings.atari.life_loss and is_atari(env)
+    remake = None if form in ("async", "envpool") else lambda: make_vector(env, settings)[0]
     try:
-        return World(env, envs, form=_FORMS[form], life_loss=life_loss)
+        return World(env, envs, form=_FORMS[form], life_loss=life_loss, remake=remake)
     except WorldError:
         envs.close()
         raise
@@ -266,13 +267,18 @@ def _given(env: GivenWorld) -> World:
     expected = "a gymnasium.vector.VectorEnv, or a function that makes one"
     if not callable(env) and not isinstance(env, VectorEnv):
         raise WorldError(f"the environment given is {type(env).__name__}; expected an id, {expected}")
-    with foreign("the environment given", "making it"):
+
+    def made() -> VectorEnv[Any, Any, Any]:
         envs: object = env if isinstance(env, VectorEnv) else env()
-    if not isinstance(envs, VectorEnv):
-        raise WorldError(f"the environment given is {type(envs).__name__}; expected {expected}")
-    set_apart(envs)
+        if not isinstance(envs, VectorEnv):
+            raise WorldError(f"the environment given is {type(envs).__name__}; expected {expected}")
+        set_apart(envs)
+        return envs
+
+    with foreign("the environment given", "making it"):
+        envs = made()
     name = envs.spec.id if envs.spec is not None else type(envs.unwrapped).__name__
-    return World(name, envs, form="as it was given")
+    return World(name, envs, form="as it was given", remake=None if isinstance(env, VectorEnv) else made)
 
 
 def _load_wrapper(name: str) -> Callable[[Any], Any]:

@@ -357,7 +357,7 @@ def _serve(
     _settle(parent)
     other.close()
     env: Env[Any, Any] | None = None
-    over = False
+    over = used = False
     try:
         env = make()
         while True:
@@ -368,6 +368,10 @@ def _serve(
             if command == "spaces":
                 answer = data == (env.observation_space, env.action_space)
             elif command == "reset" or (over and mode is AutoresetMode.NEXT_STEP):
+                if used and command == "reset" and data is not None:  # see World.reset
+                    env.close()
+                    env = make()
+                used = True
                 shown, info = env.reset(seed=data if command == "reset" else None)
                 answer = (shown, info) if command == "reset" else (shown, 0.0, False, False, info)
                 over = False
