@@ -48,8 +48,8 @@ LEAST_SIDE = 36
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BoxPart:
-    """A Box of numbers, flattened."""
+class _Flattened:
+    """An array of numbers, flattened."""
 
     path: Path
     """Where it is found in an observation."""
@@ -74,6 +74,16 @@ class BoxPart:
     def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
         """Encode a batch ``[n, *shape]`` into ``out``."""
         out[:] = self.encode(raw)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxPart(_Flattened):
+    """A Box of numbers, flattened."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiBinaryPart(_Flattened):
+    """Bits, as 0 and 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,35 +145,6 @@ class MultiDiscretePart:
         for column, n in zip(numbers.T, self.nvec, strict=True):
             _write_one_hot(column, n, out[:, begin : begin + n])
             begin += n
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MultiBinaryPart:
-    """Bits, as 0 and 1."""
-
-    path: Path
-    """Where it is found in an observation."""
-    shape: tuple[int, ...]
-    """Shape of one."""
-
-    @property
-    def width(self) -> int:
-        """How many numbers of the vector it fills."""
-        return math.prod(self.shape)
-
-    def encode(self, raw: NDArray[Any]) -> Float[np.ndarray, "n width"]:
-        """Return a batch ``[n, *shape]`` as new numbers; what lies beyond float32's range becomes infinite."""
-        numbers = np.asarray(raw)
-        if numbers.dtype == np.float32:  # nothing can overflow
-            encoded = np.array(numbers, order="C")
-        else:
-            with np.errstate(over="ignore"):
-                encoded = np.array(numbers, dtype=np.float32, order="C")
-        return encoded if encoded.ndim == 2 else encoded.reshape(len(encoded), self.width)
-
-    def write(self, raw: NDArray[Any], out: Float[np.ndarray, "n width"]) -> None:
-        """Encode a batch ``[n, *shape]`` into ``out``."""
-        out[:] = self.encode(raw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
