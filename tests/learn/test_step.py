@@ -17,6 +17,7 @@ from bridle.batch import Batch, Evaluation
 from bridle.errors import ConfigError, NonFiniteStep
 from bridle.learn import ppo
 from bridle.learn.a2c import A2CObjective, A2CSettings
+from bridle.learn.minibatches import epoch_order, minibatches
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.step import (
     Minibatch,
@@ -25,9 +26,7 @@ from bridle.learn.step import (
     Slopes,
     accumulate,
     action_weights,
-    epoch_order,
     micro_batches,
-    minibatches,
     padding_share,
 )
 from bridle.random import generator

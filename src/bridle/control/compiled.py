@@ -23,7 +23,19 @@ from bridle.control.buffers import Buffers
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
 
-__all__ = ["Frozen", "Normal", "Run", "Softmax", "Stack", "library", "load", "serves"]
+__all__ = [
+    "Frozen",
+    "Normal",
+    "Run",
+    "Softmax",
+    "Stack",
+    "library",
+    "load",
+    "net_of",
+    "point_at",
+    "require_shape",
+    "serves",
+]
 
 _LAYERS = 8
 """The most layers of one net, as in small.c."""
@@ -66,6 +78,7 @@ def load(place: Path) -> Any:
         "softmax_backward": (None, [count, count, *[at] * 7]),
         "normal_forward": (None, [count, count, *[at] * 5]),
         "normal_backward": (None, [count, count, *[at] * 6]),
+        "clipped_descent": (count, [net, net, at]),
     }
     return load_library(place, _SOURCE, functions, "perceptron_source")
 
@@ -98,7 +111,7 @@ class Stack:
     def run(self, vector: Float[Tensor, "n D"]) -> Run:
         """Run forward over n states, in free buffers if there are any."""
         rows = len(vector)
-        _require_shape(vector, rows, self._width)
+        require_shape(vector, rows, self._width)
         run = self.free.take(rows)
         run.forward(vector)
         return run
@@ -133,7 +146,7 @@ class Run:
         for net in stack.nets:
             hidden = [torch.empty(rows, len(bias)) for bias in net[1:-2:2]]
             out = torch.empty(len(net[-1]), rows)
-            own = _net(net, rows, tanh=stack.tanh, hidden=hidden)
+            own = net_of(net, rows, tanh=stack.tanh, hidden=hidden)
             own.out, own.across, own.along = out.data_ptr(), rows, 1
             work = torch.empty(library.perceptron_work(own))
             own.work = work.data_ptr()
@@ -158,8 +171,7 @@ class Run:
         if self._gradients is not stack.gradients:
             self._gradients = stack.gradients
             for net, gradients in zip(self._nets, self._gradients, strict=True):
-                for place, gradient in enumerate(gradients):
-                    (net.bias_gradient if place % 2 else net.weight_gradient)[place // 2] = gradient.data_ptr()
+                point_at(net, gradients)
         assert self._vector is not None
         for net, own in zip(self._pointers, slopes, strict=True):
             library.perceptron_backward(net, self._vector.data_ptr(), own.data_ptr())
@@ -175,7 +187,7 @@ class Frozen:
         ]
         turned += [tensor.detach().clone() for tensor in net[-2:]]
         hidden = [torch.empty(rows, len(bias)) for bias in net[1:-2:2]]
-        self._net = _net(turned, rows, tanh=tanh, hidden=hidden, transposed=True)
+        self._net = net_of(turned, rows, tanh=tanh, hidden=hidden, transposed=True)
         self._net.across, self._net.along = 1, len(net[-1])
         work = torch.empty(library.perceptron_work(self._net))
         self._net.work = work.data_ptr()
@@ -185,18 +197,18 @@ class Frozen:
 
     def outputs(self, vector: Float[Tensor, "n D"], out: NDArray[np.float32]) -> None:
         """Write the outputs [n, A] in n states to ``out``."""
-        _require_shape(vector, *self._shape)
+        require_shape(vector, *self._shape)
         self._net.out = out.ctypes.data
         library.perceptron_forward(self._pointer, vector.data_ptr())
 
 
-def _require_shape(vector: Tensor, rows: int, width: int) -> None:
+def require_shape(vector: Tensor, rows: int, width: int) -> None:
     """Refuse states that compiled code would read beyond."""
     if vector.shape != (rows, width):
         raise ValueError(f"states of shape {tuple(vector.shape)}, expected {(rows, width)}")
 
 
-def _net(
+def net_of(
     tensors: Sequence[Tensor], rows: int, *, tanh: bool, hidden: Sequence[Tensor], transposed: bool = False
 ) -> _Net:
     """Describe a net of weights and biases in turn."""
@@ -208,6 +220,12 @@ def _net(
     for place, layer in enumerate(hidden):
         own.hidden[place] = layer.data_ptr()
     return own
+
+
+def point_at(net: _Net, gradients: Sequence[Tensor]) -> None:
+    """Say where the gradients of a net's weights and biases, in turn, are added to."""
+    for place, gradient in enumerate(gradients):
+        (net.bias_gradient if place % 2 else net.weight_gradient)[place // 2] = gradient.data_ptr()
 
 
 class Softmax:

@@ -86,6 +86,12 @@ class Perceptrons:
         self._hold()
         return [stack.run(vector) for stack in self._together]
 
+    def stack(self) -> compiled.Stack | None:
+        """Return all of them as compiled code runs them; None where it does not."""
+        self._hold()
+        stack = self._together[0]
+        return stack if isinstance(stack, compiled.Stack) else None
+
     def _hold(self) -> None:
         """Follow weights that have moved in memory or have been replaced."""
         present = [home[name] for home, name in self._places]

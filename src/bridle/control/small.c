@@ -188,11 +188,24 @@ CLONES static void add_columns(int64_t rows, int64_t n, const float *restrict a,
     }
 }
 
-EXPORT void perceptron_forward(const perceptron *net, const float *x) {
-  float *pad = net->work, *turned = pad + WIDE * (most(net) > ROWS ? most(net) : ROWS);
-  const int64_t top = net->layers - 1, last = net->width[net->layers];
-  const float *weights[LAYERS];
-  for (int64_t k = 0; k < top; k++) {
+/* What a pass works in: products' padding, weights turned over, and slopes of the layers of a few rows. */
+typedef struct {
+  float *pad, *turned, *one, *other;
+} room;
+
+INLINE room room_of(const perceptron *net) {
+  const int64_t wide = most(net);
+  room own;
+  own.pad = net->work;
+  own.one = own.pad + WIDE * (wide > ROWS ? wide : ROWS);
+  own.other = own.one + ROWS * wide;
+  own.turned = own.other + ROWS * wide;
+  return own;
+}
+
+/* Find the hidden layers' weights as [in, out]. */
+INLINE void turn(const perceptron *net, float *turned, const float **weights) {
+  for (int64_t k = 0; k < net->layers - 1; k++) {
     const int64_t in = net->width[k], out = net->width[k + 1];
     weights[k] = net->weight[k];
     if (net->transposed) continue;
@@ -201,51 +214,64 @@ EXPORT void perceptron_forward(const perceptron *net, const float *x) {
         for (int64_t j = from; j < out && j < from + WIDE; j++) turned[i * out + j] = net->weight[k][j * in + i];
     weights[k] = turned, turned += in * out;
   }
-  for (int64_t at = 0; at < net->rows; at += ROWS) {
-    const int64_t rows = net->rows - at < ROWS ? net->rows - at : ROWS;
-    const float *below = x + at * net->width[0];
-    for (int64_t k = 0; k < top; k++) {
-      const int64_t in = net->width[k], out = net->width[k + 1];
-      float *own = net->hidden[k] + at * out;
-      product(rows, out, in, below, in, 1, weights[k], out, own, out, 0, pad);
-      activate(own, net->bias[k], rows, out, net->tanh);
-      below = own;
-    }
-    outputs(rows, last, net->width[top], below, net->weight[top], net->bias[top], net->out + at * net->along, net->across,
-            net->along);
+}
+
+/* Few rows, the first of them row `at` of the layers that are kept, through all layers. */
+INLINE void up(const perceptron *net, const float *const *weights, int64_t at, int64_t rows, const float *x, float *pad) {
+  const int64_t top = net->layers - 1;
+  const float *below = x;
+  for (int64_t k = 0; k < top; k++) {
+    const int64_t in = net->width[k], out = net->width[k + 1];
+    float *own = net->hidden[k] + at * out;
+    product(rows, out, in, below, in, 1, weights[k], out, own, out, 0, pad);
+    activate(own, net->bias[k], rows, out, net->tanh);
+    below = own;
   }
+  outputs(rows, net->width[top + 1], net->width[top], below, net->weight[top], net->bias[top], net->out + at * net->along,
+          net->across, net->along);
+}
+
+/* The way back of the same rows; the slope of output j in row i is slopes[j across + i]. */
+INLINE void down(const perceptron *net, int64_t at, int64_t rows, const float *x, const float *slopes, int64_t across,
+                 const room *place) {
+  const float *above = slopes; /* A(i, k) of it at above[i da + k dk]: row by row below the last layer */
+  int64_t da = 1, dk = across;
+  float *own = place->one, *next = place->other;
+  for (int64_t k = net->layers - 1; k >= 0; k--) {
+    const int64_t in = net->width[k], out = net->width[k + 1];
+    const float *below = k ? net->hidden[k - 1] + at * in : x;
+    add_product(out, in, rows, above, dk, da, below, net->weight_gradient[k], place->pad);
+    add_columns(rows, out, above, da, dk, net->bias_gradient[k]);
+    if (!k) break;
+    product(rows, in, out, above, da, dk, net->weight[k], in, own, in, 0, place->pad);
+    through(rows * in, below, own, net->tanh);
+    above = own, da = in, dk = 1;
+    float *swap = own;
+    own = next, next = swap;
+  }
+}
+
+EXPORT void perceptron_forward(const perceptron *net, const float *x) {
+  const room place = room_of(net);
+  const float *weights[LAYERS];
+  turn(net, place.turned, weights);
+  for (int64_t at = 0; at < net->rows; at += ROWS)
+    up(net, weights, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->width[0], place.pad);
 }
 
 /* `slopes` [out, rows]: of the loss, with respect to each output. */
 EXPORT void perceptron_backward(const perceptron *net, const float *x, const float *slopes) {
-  const int64_t wide = most(net), top = net->layers - 1;
-  float *pad = net->work, *one = pad + WIDE * (wide > ROWS ? wide : ROWS), *other = one + ROWS * wide;
-  for (int64_t at = 0; at < net->rows; at += ROWS) {
-    const int64_t rows = net->rows - at < ROWS ? net->rows - at : ROWS;
-    const float *above = slopes + at; /* A(i, k) of it at above[i + k rows] for the last layer, row by row for the others */
-    int64_t da = 1, dk = net->rows;
-    float *own = one, *next = other;
-    for (int64_t k = top; k >= 0; k--) {
-      const int64_t in = net->width[k], out = net->width[k + 1];
-      const float *below = k ? net->hidden[k - 1] + at * in : x + at * in;
-      add_product(out, in, rows, above, dk, da, below, net->weight_gradient[k], pad);
-      add_columns(rows, out, above, da, dk, net->bias_gradient[k]);
-      if (!k) break;
-      product(rows, in, out, above, da, dk, net->weight[k], in, own, in, 0, pad);
-      through(rows * in, below, own, net->tanh);
-      above = own, da = in, dk = 1;
-      float *swap = own;
-      own = next, next = swap;
-    }
-  }
+  const room place = room_of(net);
+  for (int64_t at = 0; at < net->rows; at += ROWS)
+    down(net, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->width[0], slopes + at, net->rows, &place);
 }
 
 #define HALF_LOG_TAU 0.91893853320467274178f
 
 /* pi = softmax(z) of z [actions, n]: log pi and pi [actions, n], log pi of the action chosen and the entropy [n], nats.
    Returns 0, or one more than the place of an action that there is not. */
-EXPORT int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p,
-                            float *logp, float *entropy) {
+INLINE int64_t softmax_up(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p, float *logp,
+                          float *entropy) {
   for (int64_t i = 0; i < n; i++) {
     if (chosen[i] < 0 || chosen[i] >= actions) return i + 1;
     float top = z[i], sum = 0.0f, negative = 0.0f;
@@ -265,8 +291,8 @@ EXPORT int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const
 }
 
 /* d/dz: of log pi(a) it is e_a - pi, of H it is -pi (log pi + H); either slope [n] may be missing. */
-EXPORT void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
-                             const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
+INLINE void softmax_down(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
+                         const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
   for (int64_t a = 0; a < actions; a++)
     for (int64_t i = 0; i < n; i++) {
       const int64_t at = a * n + i;
@@ -277,8 +303,8 @@ EXPORT void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, 
 }
 
 /* N(mean, sigma^2) of actions [n, width] with means [width, n]: z = (a - mean) / sigma [width, n] and log pi [n], nats. */
-EXPORT void normal_forward(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std,
-                           float *z, float *logp) {
+INLINE void normal_up(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std, float *z,
+                      float *logp) {
   float still = 0.0f;
   for (int64_t a = 0; a < width; a++) still += log_std[a] + HALF_LOG_TAU;
   for (int64_t i = 0; i < n; i++) logp[i] = 0.0f;
@@ -294,8 +320,8 @@ EXPORT void normal_forward(int64_t n, int64_t width, const float *mean, const fl
 }
 
 /* d/dmean and d/dlog sigma: of log pi they are z / sigma and z^2 - 1, of H 0 and 1; the second is added to. */
-EXPORT void normal_backward(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
-                            const float *to_entropy, float *to_mean, float *to_log_std) {
+INLINE void normal_down(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
+                        const float *to_entropy, float *to_mean, float *to_log_std) {
   for (int64_t a = 0; a < width; a++) {
     const float share = expf(-log_std[a]);
     float sum = 0.0f;
@@ -307,4 +333,152 @@ EXPORT void normal_backward(int64_t n, int64_t width, const float *z, const floa
     }
     to_log_std[a] += sum;
   }
+}
+
+EXPORT int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p,
+                               float *logp, float *entropy) {
+  return softmax_up(n, actions, z, chosen, logs, p, logp, entropy);
+}
+
+EXPORT void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
+                             const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
+  softmax_down(n, actions, chosen, logs, p, entropy, to_logp, to_entropy, to_z);
+}
+
+EXPORT void normal_forward(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std,
+                           float *z, float *logp) {
+  normal_up(n, width, mean, actions, log_std, z, logp);
+}
+
+EXPORT void normal_backward(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
+                            const float *to_entropy, float *to_mean, float *to_log_std) {
+  normal_down(n, width, z, log_std, to_logp, to_entropy, to_mean, to_log_std);
+}
+
+/* Steps of PPO's optimiser: S minibatches of `lengths` actions each, which stand end to end in the order in which they
+   are learnt from, K in all. An action's loss, of n in its minibatch, is
+
+       w [-min(r A, clip(r, low, high) A) + value (V - R)^2 / 2 - entropy H],  r = exp(logp - old_logp)
+
+   and a step is AdamW's (Loshchilov & Hutter 2019, Algorithm 2), after the gradient was scaled down to the norm `limit`. */
+typedef struct {
+  int64_t states, gaussian, minibatches, numbers, decayed, taken;
+  const float *vector;    /* [states, width] */
+  const void *actions;    /* [states] int64, counted from 0; [states, outputs] floats if gaussian */
+  const int64_t *order;   /* [K] whose turn it is */
+  const int64_t *lengths; /* [S] */
+  const float *old_logp, *advantages, *returns, *shares; /* [K]; shares are the w */
+  double low, high, value, entropy;
+  const float *log_std;    /* [outputs], if gaussian */
+  float *log_std_gradient; /* a part of `gradient` */
+  float *logp, *entropies, *values; /* [K] what actor and critic say */
+  float *weights, *gradient, *m, *v; /* [numbers], the first `decayed` of which decay; `taken` steps were taken before */
+  double lr, beta1, beta2, eps, decay, limit; /* limit 0: none */
+  float *norms; /* [S] of the gradients, before they were scaled */
+  float *work;  /* ROWS (width + 4 outputs) numbers */
+} descent;
+
+/* d/dlogp of -min(r A, clip(r, low, high) A): -r A where that is the smaller term; with the shares. */
+INLINE void surrogate_slopes(int64_t n, const descent *task, int64_t at, float *slopes) {
+  const float low = (float)task->low, high = (float)task->high;
+  for (int64_t i = 0; i < n; i++) {
+    const float r = expf(task->logp[at + i] - task->old_logp[at + i]), a = task->advantages[at + i];
+    const float held = r < low ? low : r > high ? high : r;
+    slopes[i] = r * a <= held * a ? -(r * a) * task->shares[at + i] : 0.0f;
+  }
+}
+
+/* Add the gradient of one minibatch, which begins at `from`: ROWS states at a time there and back, whose layers the nets
+   keep. Returns whether there are all those states and actions. */
+INLINE int add_gradient(const perceptron *actor, const perceptron *critic, const descent *task, int64_t from, int64_t n) {
+  const room mine = room_of(actor), theirs = room_of(critic);
+  const int64_t width = actor->width[0], size = actor->width[actor->layers];
+  float *x = task->work, *first = x + ROWS * width, *second = first + ROWS * size, *slopes = second + ROWS * size;
+  float *drawn = slopes + ROWS * size, to_logp[ROWS], to_entropy[ROWS], to_value[ROWS];
+  int64_t chosen[ROWS];
+  const float *weights[LAYERS], *others[LAYERS];
+  perceptron choosing = *actor, valuing = *critic;
+  float still = 0.0f; /* entropy of a Gaussian, the same in all states */
+  for (int64_t a = 0; task->gaussian && a < size; a++) still += task->log_std[a] + HALF_LOG_TAU + 0.5f;
+  turn(actor, mine.turned, weights);
+  turn(critic, theirs.turned, others);
+  for (int64_t at = from; at < from + n; at += ROWS) {
+    const int64_t rows = from + n - at < ROWS ? from + n - at : ROWS;
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t which = task->order[at + i];
+      if (which < 0 || which >= task->states) return 0;
+      memcpy(x + i * width, task->vector + which * width, width * sizeof *x);
+      if (task->gaussian) memcpy(drawn + i * size, (const float *)task->actions + which * size, size * sizeof *drawn);
+      else chosen[i] = ((const int64_t *)task->actions)[which];
+    }
+    choosing.across = valuing.across = rows, choosing.along = valuing.along = 1;
+    valuing.out = task->values + at;
+    up(&choosing, weights, 0, rows, x, mine.pad);
+    up(&valuing, others, 0, rows, x, theirs.pad);
+    if (task->gaussian) {
+      normal_up(rows, size, choosing.out, drawn, task->log_std, first, task->logp + at);
+      for (int64_t i = 0; i < rows; i++) task->entropies[at + i] = still;
+    } else if (softmax_up(rows, size, choosing.out, chosen, first, second, task->logp + at, task->entropies + at)) {
+      return 0;
+    }
+    surrogate_slopes(rows, task, at, to_logp);
+    const float entropy = (float)task->entropy, value = (float)task->value;
+    for (int64_t i = 0; i < rows; i++) {
+      to_entropy[i] = -entropy * task->shares[at + i];
+      to_value[i] = value * (task->values[at + i] - task->returns[at + i]) * task->shares[at + i];
+    }
+    const float *bonus = entropy != 0.0f ? to_entropy : 0;
+    if (task->gaussian)
+      normal_down(rows, size, first, task->log_std, to_logp, bonus, slopes, task->log_std_gradient);
+    else
+      softmax_down(rows, size, chosen, first, second, task->entropies + at, to_logp, bonus, slopes);
+    down(&choosing, 0, rows, x, slopes, rows, &mine);
+    down(&valuing, 0, rows, x, to_value, rows, &theirs);
+  }
+  return 1;
+}
+
+INLINE float norm_of(int64_t n, const float *x) {
+  vec sum[4] = {{0}};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (int l = 0; l < 4; l++) sum[l] += *(const vec *)(x + i + 8 * l) * *(const vec *)(x + i + 8 * l);
+  const vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  float total = 0.0f;
+  for (int l = 0; l < 8; l++) total += all[l];
+  for (; i < n; i++) total += x[i] * x[i];
+  return sqrtf(total);
+}
+
+/* Step number `step`, from 1, by the gradient times `share`, which is 0 from then on. */
+INLINE void adam_step(const descent *task, int64_t step, float share) {
+  const float rate = (float)(task->lr / (1.0 - pow(task->beta1, (double)step))), eps = (float)task->eps;
+  const float root = (float)sqrt(1.0 - pow(task->beta2, (double)step));
+  const float one = (float)(1.0 - task->beta1), keep = (float)task->beta2, two = (float)(1.0 - task->beta2);
+  float *restrict weights = task->weights, *restrict gradient = task->gradient, *restrict m = task->m, *restrict v = task->v;
+  for (int part = 0; part < 2; part++) {
+    const int64_t from = part ? task->decayed : 0, to = part ? task->numbers : task->decayed;
+    const float left = part ? 1.0f : (float)(1.0 - task->lr * task->decay);
+    for (int64_t i = from; i < to; i++) {
+      const float g = gradient[i] * share;
+      m[i] += one * (g - m[i]);
+      v[i] = keep * v[i] + two * g * g;
+      weights[i] = left * weights[i] - rate * m[i] / (sqrtf(v[i]) / root + eps);
+      gradient[i] = 0.0f;
+    }
+  }
+}
+
+/* Returns how many steps were taken, which is fewer than S where the next minibatch names what there is not, or its
+   gradient is not finite; nothing was moved by that one. */
+EXPORT int64_t clipped_descent(const perceptron *actor, const perceptron *critic, const descent *task) {
+  int64_t from = 0;
+  for (int64_t s = 0; s < task->minibatches; from += task->lengths[s++]) {
+    if (!add_gradient(actor, critic, task, from, task->lengths[s])) return s;
+    const float norm = task->norms[s] = norm_of(task->numbers, task->gradient);
+    if (!isfinite(norm)) return s;
+    const int longer = task->limit > 0.0 && norm > task->limit;
+    adam_step(task, task->taken + s + 1, longer ? (float)(task->limit / (norm + 1e-6)) : 1.0f);
+  }
+  return task->minibatches;
 }

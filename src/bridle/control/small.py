@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from bridle.control import compiled, small_heads
 from bridle.control.acting import Choosing, Drawing
 from bridle.control.actor_critic import ActorCritic
+from bridle.control.descending import Descending
 from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
 from bridle.control.perceptrons import Activation, Perceptrons
 from bridle.control.policy import Acted, Acting, Transitions
+from bridle.learn.descent import ClippedTerms, Descended, Descends
+from bridle.learn.minibatches import Minibatches
+from bridle.learn.optim import FlatAdam
 from bridle.learn.step import HandDifferentiated, Pullback, Seen, Slopes, plain_vjp
 
 __all__ = ["SmallActorCritic", "by_hand"]
@@ -29,7 +33,7 @@ _BLOCK = 512
 """States valued at once, so that their layers stay in a cache."""
 
 
-class SmallActorCritic(ActorCritic, HandDifferentiated):
+class SmallActorCritic(ActorCritic, HandDifferentiated, Descends):
     """An actor and a critic, perceptrons of their own over a vector, for discrete or Gaussian actions.
 
     What it cannot do by hand (another device, action masks, frozen weights, a second derivative) it does as
@@ -50,6 +54,11 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
         super().__init__(actor=actor, critic=critic, head=head)
         self._nets = Perceptrons((actor, critic), activation)
         self._width = cast(nn.Linear, cast(nn.Sequential, actor)[-1]).out_features
+        self._descending: Descending | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what points at the weights of this one."""
+        return self.__dict__ | {"_descending": None}
 
     def vjp(self, units: Transitions) -> tuple[Seen, Pullback]:
         """Evaluate the actions taken, without a graph; the second half adds to the weights' gradients.
@@ -76,6 +85,17 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
                 run.pull_back([left.pop(0) for _ in run.outputs])
 
         return Seen(logp=found.logp, entropy=found.entropy, value=values[0].clone()), pull_back
+
+    def descend(self, units: Transitions, parts: Minibatches, terms: ClippedTerms, adam: FlatAdam) -> Descended | None:
+        """Take steps in one compiled call; see :class:`bridle.learn.descent.Descends`."""
+        log_std = self.head._parameters.get("log_std")
+        learn = self._nets.learn and (log_std is None or log_std.requires_grad)
+        stack = self._nets.stack() if learn and self._by_hand(units.observations) else None
+        if stack is None:
+            return None
+        if self._descending is None or self._descending.stack is not stack:
+            self._descending = Descending(stack)
+        return self._descending.steps(units, parts, log_std, terms, adam)
 
     def act(self, observations: Observations, state: Tensor | None, draws: np.random.Generator | None) -> Acted:
         """Act in n states: by drawing, or without ``draws`` with the most likely actions."""

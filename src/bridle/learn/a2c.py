@@ -16,9 +16,10 @@ from torch import Tensor
 from bridle.batch import Batch, Evaluation, Policy
 from bridle.core.losses import policy_gradient_loss, policy_gradient_loss_grad, value_loss, value_loss_grad
 from bridle.errors import ConfigError, NonFiniteStep
+from bridle.learn.minibatches import minibatches
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
-from bridle.learn.step import Averaging, Evidence, Minibatch, Seen, Slopes, accumulate, minibatches
+from bridle.learn.step import Averaging, Evidence, Minibatch, Seen, Slopes, accumulate
 
 __all__ = ["A2CObjective", "A2CSettings", "update"]
 

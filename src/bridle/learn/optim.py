@@ -9,13 +9,14 @@ from operator import is_
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bridle.errors import ConfigError, NonFiniteStep, RunError
 from bridle.learn.masters import Masters
 from bridle.learn.reach import SAFE, after_step, reach
 
-__all__ = ["Group", "OptimSettings", "Optimiser", "learning_rate"]
+__all__ = ["FlatAdam", "Group", "OptimSettings", "Optimiser", "learning_rate"]
 
 _SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -83,6 +84,38 @@ class Group:
     parameters: Mapping[str, nn.Parameter]
     """Name → parameter; the names key the saved state."""
     settings: OptimSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatAdam:
+    """A flat group as its next steps find it, for who takes them in the optimiser's place; its tensors are the group's own."""
+
+    group: str
+    """What the metrics call it."""
+    weights: Float[Tensor, " P"]
+    """[P] what is moved."""
+    gradient: Float[Tensor, " P"]
+    """[P] the gradient: 0, before a step and after it."""
+    m: Float[Tensor, " P"]
+    """[P] first moments."""
+    v: Float[Tensor, " P"]
+    """[P] second moments."""
+    decayed: int
+    """How many weights, the first ones, decay."""
+    taken: int
+    """Steps taken before."""
+    lr: float
+    """Learning rate of these steps."""
+    beta1: float
+    """Decay of the first moment."""
+    beta2: float
+    """Decay of the second moment."""
+    eps: float
+    """Added to the root of the second moment."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    max_grad_norm: float | None
+    """The gradient is scaled down to this L2 norm if longer."""
 
 
 class _Separate:
@@ -191,7 +224,8 @@ class _Flat:
             for stretch, decay in ((slice(matrices), settings.weight_decay), (slice(matrices, None), 0.0))
             if columns[0][stretch].numel()
         ]
-        self._steps = 0
+        self._decayed = matrices
+        self.steps = 0
         self._step = torch.zeros((), device=first.device)
         self._owners = list(self._parameters.values())
         self._own: list[Tensor] = []
@@ -238,7 +272,7 @@ class _Flat:
         for name, parameter in self._parameters.items():
             slots = {slot: column[self._places[name]] for slot, column in columns.items()}
             decay = self._settings.weight_decay if parameter.ndim >= 2 else 0.0
-            if not _stays_finite(slots, self._settings, lr=lr, decay=decay, step=self._steps + 1):
+            if not _stays_finite(slots, self._settings, lr=lr, decay=decay, step=self.steps + 1):
                 found.append(name)
         return tuple(found)
 
@@ -248,8 +282,8 @@ class _Flat:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         s = self._settings
-        self._steps += 1
-        self._step.fill_(self._steps)
+        self.steps += 1
+        self._step.fill_(self.steps)
         for (values, gradient, m, v), decay in self._parts:
             # what torch.optim.AdamW(fused=True) calls; its own preparations would cost several times the work done here
             torch._fused_adamw_(
@@ -268,19 +302,39 @@ class _Flat:
                 maximize=False,
             )
 
+    def adam(self, group: Group, lr: float) -> FlatAdam | None:
+        if not self._untouched():
+            return None
+        s = self._settings
+        return FlatAdam(
+            group=group.name,
+            weights=self._values,
+            gradient=self._gradient,
+            m=self._m,
+            v=self._v,
+            decayed=self._decayed,
+            taken=self.steps,
+            lr=lr,
+            beta1=s.beta1,
+            beta2=s.beta2,
+            eps=s.eps,
+            weight_decay=s.weight_decay,
+            max_grad_norm=s.max_grad_norm,
+        )
+
     def state(self) -> dict[str, Tensor]:
-        if not self._steps:
+        if not self.steps:
             return {}
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            tensors[f"{name}/step"] = torch.tensor(float(self._steps))
+            tensors[f"{name}/step"] = torch.tensor(float(self.steps))
             tensors[f"{name}/exp_avg"] = self._m[self._places[name]].view_as(parameter).clone()
             tensors[f"{name}/exp_avg_sq"] = self._v[self._places[name]].view_as(parameter).clone()
         return tensors
 
     def restore(self, name: str, slots: Mapping[str, Tensor]) -> None:
         parameter = self._parameters[name]
-        self._steps = int(slots["step"])
+        self.steps = int(slots["step"])
         self._m[self._places[name]].view_as(parameter).copy_(slots["exp_avg"])
         self._v[self._places[name]].view_as(parameter).copy_(slots["exp_avg_sq"])
 
@@ -359,18 +413,43 @@ class Optimiser:
         self.zero_grad()
         return norms
 
+    def flat_adam(self, steps: int) -> FlatAdam | None:
+        """Return what all parameters lie in, if it is one flat group and the next ``steps`` steps cannot leave float32's range.
+
+        Who takes some of them says so by :meth:`moved`.
+        """
+        moved = self._moved.get(self.groups[0].name) if len(self.groups) == 1 else None
+        if not isinstance(moved, _Flat) or not self._bound(self.groups[0], moved, steps) < SAFE:
+            return None
+        return moved.adam(self.groups[0], self.lrs[self.groups[0].name])
+
+    def moved(self, steps: int) -> None:
+        """Count ``steps`` steps that were taken on :meth:`flat_adam`, and forget the gradient of what comes after them."""
+        (group,) = self.groups
+        moved = self._moved[group.name]
+        assert isinstance(moved, _Flat)
+        self._largest[group.name] = self._bound(group, moved, steps)
+        moved.steps += steps
+        moved.zero_grad()
+
+    def _bound(self, group: Group, moved: _Separate | _Flat, steps: int) -> float:
+        """Return what no weight of a group can be larger than after ``steps`` steps."""
+        largest, lr, s = self._largest.get(group.name), self.lrs[group.name], group.settings
+        largest = moved.length() if largest is None else largest  # no weight is larger, and a sum of squares is quicker
+        for _ in range(steps):
+            largest = largest * (1 + lr * s.weight_decay) + lr * reach(s.beta1, s.beta2)
+        return largest
+
     def _overflowing(self, group: Group) -> tuple[str, ...]:
         """Name the parameters that the step would leave not finite; looked at only where their bound does not serve."""
-        moved, lr, s = self._moved.get(group.name), self.lrs[group.name], group.settings
+        moved = self._moved.get(group.name)
         if moved is None:
             return ()
-        largest = self._largest.get(group.name)
-        largest = moved.length() if largest is None else largest  # no weight is larger, and a sum of squares is quicker
-        after = self._largest[group.name] = largest * (1 + lr * s.weight_decay) + lr * reach(s.beta1, s.beta2)
+        after = self._largest[group.name] = self._bound(group, moved, 1)
         if after < SAFE:
             return ()
         del self._largest[group.name]
-        return moved.overflowing(lr)
+        return moved.overflowing(self.lrs[group.name])
 
     def _fault(self, what: str, rows: Tensor | None, parameters: tuple[str, ...]) -> NonFiniteStep:
         self.zero_grad()

@@ -26,7 +26,9 @@ from bridle.core.losses import (
 )
 from bridle.core.moments import masked_var, whiten
 from bridle.errors import ConfigError, NonFiniteStep
+from bridle.learn.descent import ClippedTerms, steps_ahead
 from bridle.learn.memory import MicroBudget, within_memory
+from bridle.learn.minibatches import epoch_order, minibatches
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
 from bridle.learn.step import (
@@ -37,8 +39,6 @@ from bridle.learn.step import (
     Slopes,
     accumulate,
     add_loss,
-    epoch_order,
-    minibatches,
     padding_share,
     require_finite,
 )
@@ -118,7 +118,7 @@ def update(
     epochs: Sequence[int] | None = None,
     budget: MicroBudget | None = None,
 ) -> Iterator[UpdateStep]:
-    """Take epochs × minibatches optimiser steps, yielding a record after each.
+    """Take epochs × minibatches optimiser steps, yielding a record of each; a policy that :class:`Descends` takes them at once.
 
     Per action the loss is
     −min(r A, clip(r, 1−ε, 1+ε) A) + c_v ½(V − R)² − c_H H + β KL(π ‖ reference), averaged once over the minibatch.
@@ -156,8 +156,17 @@ def update(
         whiten_here=settings.whiten == "minibatch",
         per=settings.per,
     )
+    whole = budget is None and settings.micro_batch_tokens is None
+    looks = extra_loss is not None or settings.target_kl is not None  # between one step and the next
+    terms = objective.clipped_terms if whole and not looks else None
+    ahead = steps_ahead(policy, batch.units, parts, terms, optimiser)
     for taken, (epoch, number) in enumerate(product(epochs, range(settings.minibatches))):
-        rows, units, part = next(parts)
+        if taken < len(ahead):
+            seen, norms = ahead[taken]
+            part = parts.parts[taken]
+            yield UpdateStep(epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen, grad_norms=norms)
+            continue
+        rows, units, part = parts.at(taken)
         try:
             seen = within_memory(
                 budget or settings.micro_batch_tokens,
@@ -274,6 +283,15 @@ class PPOObjective:
     def kl_penalty(self, seen: Seen, m: Minibatch) -> Float[Tensor, " n"] | None:
         """Return the KL term before its coefficient, nats; None without one."""
         return None if self.settings.kl_loss == "none" else self._kl(seen.logp, seen.exact_kl, m)
+
+    @property
+    def clipped_terms(self) -> ClippedTerms | None:
+        """The loss as three terms; None where the policy's is clipped twice or not at all, the critic's is, or a KL is in."""
+        s = self.settings
+        if s.clip is None or s.dual_clip is not None or s.value_clip is not None or self.critic_only or self._leashed:
+            return None
+        high = s.clip if s.clip_high is None else s.clip_high
+        return ClippedTerms(low=1.0 - s.clip, high=1.0 + high, value=s.value_coefficient, entropy=s.entropy_coefficient)
 
     @property
     def _leashed(self) -> bool:

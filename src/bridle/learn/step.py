@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from bridle.batch import Batch, Evaluation, Policy, Units
-from bridle.core.moments import whiten
-from bridle.errors import ConfigError, NonFiniteStep
-from bridle.random import permutation
+from bridle.errors import NonFiniteStep
 
 __all__ = [
     "Averaging",
@@ -30,10 +28,9 @@ __all__ = [
     "accumulate",
     "action_weights",
     "add_loss",
-    "epoch_order",
     "micro_batches",
-    "minibatches",
     "padding_share",
+    "pieces",
     "plain_vjp",
     "require_finite",
 ]
@@ -76,6 +73,24 @@ class Minibatch:
             weights=self.weights[index],
             ref_logp=None if self.ref_logp is None else self.ref_logp[index],
         )
+
+    def split(self, lengths: Sequence[int]) -> list[Self]:
+        """Return minibatches of so many actions each, which share memory with this one."""
+        columns = [pieces(c, lengths) for c in (self.actions, self.old_logp, self.old_value, self.advantages)]
+        columns += [pieces(self.returns, lengths), pieces(self.weights, lengths)]
+        refs = [None] * len(lengths) if self.ref_logp is None else pieces(self.ref_logp, lengths)
+        return [
+            type(self)(
+                actions=actions,
+                old_logp=old_logp,
+                old_value=old_value,
+                advantages=advantages,
+                returns=returns,
+                weights=weights,
+                ref_logp=ref_logp,
+            )
+            for actions, old_logp, old_value, advantages, returns, weights, ref_logp in zip(*columns, refs, strict=True)
+        ]
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
@@ -122,6 +137,15 @@ class Seen:
             value=torch.cat([p.value for p in parts]),
             exact_kl=_joined([p.exact_kl for p in parts]),
         )
+
+    def split(self, lengths: Sequence[int]) -> list[Self]:
+        """Return the answers for so many actions each, which share memory with these."""
+        columns = [pieces(column, lengths) for column in (self.logp, self.entropy, self.value)]
+        kls = [None] * len(lengths) if self.exact_kl is None else pieces(self.exact_kl, lengths)
+        return [
+            type(self)(logp=logp, entropy=entropy, value=value, exact_kl=kl)
+            for logp, entropy, value, kl in zip(*columns, kls, strict=True)
+        ]
 
     def select(self, index: Int[Tensor, " m"]) -> Self:
         """Return the actions at ``index``, in that order."""
@@ -249,75 +273,6 @@ def require_finite(batch: Batch, per: Averaging = "action") -> None:
     raise fault
 
 
-def minibatches(
-    batch: Batch, count: int, *, orders: Sequence[Int[Tensor, " U"] | None], whiten_here: bool, per: Averaging
-) -> Iterator[tuple[Int[Tensor, " M"], Units, Minibatch]]:
-    """Split the units, in each of the ``orders`` in turn, into ``count`` parts whose sizes differ by at most one.
-
-    The actions of all orders are laid out at once, and the units of one order at a time; a part is then a stretch of them.
-    Weights and whitening statistics are those of the part, taken before it is cut into micro-batches.
-
-    Yields:
-        (which units of ``batch`` [M], those units, their actions)
-
-    Raises:
-        ConfigError: there are fewer units than parts.
-    """
-    number = len(batch.units)
-    if number < count:
-        raise ConfigError.of("minibatches", count, f"at most the number of units in a rollout, {number}")
-    stretches = [slice(number * part // count, number * (part + 1) // count) for part in range(count)]
-    sizes, whole = batch.units.sizes, torch.arange(number)
-    indices = [whole if order is None else order for order in orders]
-    if bool((sizes == 1).all()):  # their actions' positions are the units' own
-        places, lengths = indices, [stretch.stop - stretch.start for stretch in stretches] * len(indices)
-    else:
-        places = [batch.actions_of(index) for index in indices]
-        lengths = [int(sizes[index[stretch]].sum()) for index in indices for stretch in stretches]
-    parts = _laid_out(batch, torch.cat(places), lengths, whiten_here=whiten_here, per=per)
-    for order, index in zip(orders, indices, strict=True):
-        units = batch.units if order is None else batch.units.select(order)
-        for stretch in stretches:
-            yield index[stretch], units if count == 1 else units.select(stretch), next(parts)
-
-
-def _laid_out(
-    batch: Batch, actions: Int[Tensor, " K"], lengths: Sequence[int], *, whiten_here: bool, per: Averaging
-) -> Iterator[Minibatch]:
-    """Yield one minibatch after the other, of ``lengths`` actions, of a batch's actions in the order of ``actions``."""
-    place = actions.to(batch.old_logp.device)
-    advantages = _split(batch.advantages.index_select(0, place), lengths)
-    if whiten_here:
-        advantages = _whitened(advantages)
-    # an action's weight asks for its episode only where episodes weigh alike
-    episodes = batch.episode if per == "action" else batch.episode.index_select(0, place)
-    ref = None if batch.ref_logp is None else batch.ref_logp.index_select(0, place)
-    columns = (
-        _split(actions, lengths),
-        _split(batch.old_logp.index_select(0, place), lengths),
-        _split(batch.old_value.index_select(0, place), lengths),
-        advantages,
-        _split(batch.returns.index_select(0, place), lengths),
-        _split(_weights(episodes, lengths, per), lengths),
-        [None] * len(lengths) if ref is None else _split(ref, lengths),
-    )
-    for own, old_logp, old_value, advantage, returns, weights, ref_logp in zip(*columns, strict=True):
-        yield Minibatch(
-            actions=own,
-            old_logp=old_logp,
-            old_value=old_value,
-            advantages=advantage,
-            returns=returns,
-            weights=weights,
-            ref_logp=ref_logp,
-        )
-
-
-def epoch_order(units: int, *, seed: int, step: int, epoch: int) -> Int[Tensor, " U"]:
-    """Return the keyed order in which epoch ``epoch`` of update ``step`` passes over the units."""
-    return torch.from_numpy(permutation(units, seed, "minibatches", step, epoch))
-
-
 def micro_batches(lengths: Int[Tensor, " M"], budget: int | None) -> list[Int[Tensor, " m"]]:
     """Positions 0 … M−1 grouped so that (units × longest unit) stays within ``budget``; None puts all in one group.
 
@@ -352,27 +307,10 @@ def padding_share(lengths: Int[Tensor, " M"], budget: int | None) -> float:
     return 1.0 - int(lengths.sum()) / laid_out if laid_out else 0.0
 
 
-def _split(column: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+def pieces(column: Shaped[Tensor, " K *rest"], lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Return stretches of so many numbers each of a column, which share memory with it."""
     parts: Sequence[Tensor] = column.split(list(lengths))  # type: ignore[no-untyped-call]
     return parts
-
-
-def _whitened(parts: Sequence[Float[Tensor, " n"]]) -> Sequence[Float[Tensor, " n"]]:
-    """Whiten each part by itself; those of one length, and there are hardly more than two, in one call."""
-    white = list(parts)
-    for length in {len(part) for part in parts}:
-        alike = [place for place, part in enumerate(parts) if len(part) == length]
-        rows = whiten(torch.stack([parts[place] for place in alike]), dim=1)
-        for place, row in zip(alike, rows.unbind(), strict=True):
-            white[place] = row
-    return white
-
-
-def _weights(episodes: Int[Tensor, " K"], lengths: Sequence[int], per: Averaging) -> Float[Tensor, " K"]:
-    if per == "action":
-        shares = torch.tensor([1.0 / max(length, 1) for length in lengths], device=episodes.device)
-        return shares.repeat_interleave(torch.tensor(lengths, device=episodes.device))
-    return torch.cat([action_weights(own, per) for own in _split(episodes, lengths)])
 
 
 def action_weights(episode: Int[Tensor, " n"], per: Averaging) -> Float[Tensor, " n"]:

@@ -26,10 +26,11 @@ from bridle.core.moments import whiten
 from bridle.core.natural import conjugate_gradient, curvature_product, flat_gradient, trust_region_length
 from bridle.errors import ConfigError, NonFiniteStep
 from bridle.learn import ppo
+from bridle.learn.minibatches import minibatches
 from bridle.learn.optim import Optimiser
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.record import TrustRegion, UpdateStep
-from bridle.learn.step import Evidence, Seen, minibatches, require_finite
+from bridle.learn.step import Evidence, Seen, require_finite
 
 __all__ = ["TRPOSettings", "TrustRegionPolicy", "update"]
 

@@ -1,0 +1,131 @@
+"""Steps of PPO on a small agent in one compiled call: all minibatches there and back, and AdamW after each.
+
+The oracle is the general path, step by step: :func:`bridle.learn.step.accumulate` and
+:meth:`bridle.learn.optim.Optimiser.step`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridle.control import compiled
+from bridle.control.policy import Transitions
+from bridle.learn.descent import ClippedTerms, Descended
+from bridle.learn.minibatches import Minibatches
+from bridle.learn.optim import FlatAdam
+from bridle.learn.step import Seen
+
+__all__ = ["Descending"]
+
+_ROWS = 96
+"""States at a time, as in small.c."""
+
+_COLUMNS = ("old_logp", "advantages", "returns", "weights")
+
+
+class _Descent(ctypes.Structure):
+    """See ``descent`` in small.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("states", "gaussian", "minibatches", "numbers", "decayed", "taken")),
+        *((name, ctypes.c_void_p) for name in ("vector", "actions", "order", "lengths")),
+        *((name, ctypes.c_void_p) for name in ("old_logp", "advantages", "returns", "shares")),
+        *((name, ctypes.c_double) for name in ("low", "high", "value", "entropy")),
+        *((name, ctypes.c_void_p) for name in ("log_std", "log_std_gradient", "logp", "entropies", "values")),
+        *((name, ctypes.c_void_p) for name in ("weights", "gradient", "m", "v")),
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "decay", "limit")),
+        *((name, ctypes.c_void_p) for name in ("norms", "work")),
+    )
+
+
+class Descending:
+    """An actor and a critic, of which the layers of a few states at a time are kept."""
+
+    def __init__(self, stack: compiled.Stack) -> None:
+        """Take the stack of an actor and a critic."""
+        self.stack = stack
+        self._nets: list[Any] = []
+        self._buffers: list[Tensor] = []
+        for net in stack.nets:
+            hidden = [torch.empty(_ROWS, len(bias)) for bias in net[1:-2:2]]
+            out = torch.empty(len(net[-1]), _ROWS)
+            own = compiled.net_of(net, _ROWS, tanh=stack.tanh, hidden=hidden)
+            work = torch.empty(compiled.library.perceptron_work(own))
+            own.out, own.work = out.data_ptr(), work.data_ptr()
+            self._nets.append(own)
+            self._buffers += [*hidden, out, work]
+        self._inputs, self._outputs = stack.nets[0][0].shape[1], len(stack.nets[0][-1])
+        self._work = torch.empty(_ROWS * (self._inputs + 4 * self._outputs))
+
+    def steps(
+        self, units: Transitions, parts: Minibatches, log_std: Tensor | None, terms: ClippedTerms, adam: FlatAdam
+    ) -> Descended | None:
+        """Take a step on each of the minibatches; see :meth:`bridle.learn.descent.Descends.descend`.
+
+        Args:
+            units: states, and int64 actions [N], or float32 ones [N, A] with ``log_std``.
+            parts: the minibatches.
+            log_std: [A] of Gaussian actions.
+            terms: the loss.
+            adam: the optimiser, whose gradient is 0 and has those of all weights for its parts.
+        """
+        whole, vector, actions = parts.whole, units.observations.vector, units.actions
+        columns, n = [getattr(whole, name) for name in _COLUMNS], len(whole.actions)
+        shape = (len(actions),) if log_std is None else (len(actions), self._outputs)
+        if not (
+            all(_lies(column, torch.float32, (n,)) for column in columns)
+            and _lies(actions, torch.int64 if log_std is None else torch.float32, shape)
+            and _lies(vector, torch.float32, (len(actions), self._inputs))
+            and _lies(whole.actions, torch.int64, (n,))
+        ):
+            return None
+        self.stack.find_gradients()
+        for net, gradients in zip(self._nets, self.stack.gradients, strict=True):
+            compiled.point_at(net, gradients)
+        lengths = torch.tensor(parts.lengths)
+        answers, norms = torch.empty(3, n), torch.empty(len(parts))
+        at = {name: column.data_ptr() for name, column in zip(_COLUMNS[:-1], columns, strict=False)}
+        at |= {name: row.data_ptr() for name, row in zip(("logp", "entropies", "values"), answers, strict=True)}
+        at |= {name: getattr(adam, name).data_ptr() for name in ("weights", "gradient", "m", "v")}
+        if log_std is not None:
+            if log_std.grad is None:
+                log_std.grad = torch.zeros_like(log_std)
+            at |= {"log_std": log_std.data_ptr(), "log_std_gradient": log_std.grad.data_ptr()}
+        task = _Descent(
+            states=len(actions),
+            gaussian=log_std is not None,
+            minibatches=len(parts),
+            numbers=len(adam.weights),
+            decayed=adam.decayed,
+            taken=adam.taken,
+            vector=vector.data_ptr(),
+            actions=actions.data_ptr(),
+            order=whole.actions.data_ptr(),
+            lengths=lengths.data_ptr(),
+            shares=whole.weights.data_ptr(),
+            low=terms.low,
+            high=terms.high,
+            value=terms.value,
+            entropy=terms.entropy,
+            lr=adam.lr,
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            eps=adam.eps,
+            decay=adam.weight_decay,
+            limit=adam.max_grad_norm or 0.0,
+            norms=norms.data_ptr(),
+            work=self._work.data_ptr(),
+            **at,
+        )
+        taken = compiled.library.clipped_descent(*map(ctypes.byref, self._nets), ctypes.byref(task))
+        logp, entropy, value = answers.unbind()
+        return Descended(seen=Seen(logp=logp, entropy=entropy, value=value), norms=norms[:taken].tolist())
+
+
+def _lies(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether compiled code can read a tensor: row by row in this machine's own memory."""
+    return tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.is_cpu
