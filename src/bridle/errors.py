@@ -80,6 +80,8 @@ class NonFiniteWorld(WorldError):
         self.rows = (environment,)
         self.parameters: tuple[str, ...] = ()
         self.given = given
+        self.led_here: object = None
+        """what led there, as ``Collector.led_here`` lays it out, where an evaluation met it; a collector keeps that itself."""
 
 
 class RunError(UserError):

@@ -106,11 +106,19 @@ def test_before_the_first_record_there_is_nothing_to_keep(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_an_evaluation_that_goes_wrong_is_left_out(tmp_path: Path) -> None:
+def test_an_evaluation_that_goes_wrong_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluation = EvaluationSettings(every=0, final_episodes=5, max_steps=60)
     config = glitching(tmp_path / "run", below=1000, n_steps=13)
     path = run(dataclasses.replace(config, total_steps=78, evaluation=evaluation))
     (row, *_) = [row for row in metrics(path) if row["step"] == 3]
     assert not any(name.startswith("final/") for name in row)
     assert [event["step"] for event in events(path)] == [3, 3]
+    kept = sorted((path / "faults").iterdir())
+    assert [folder.name for folder in kept] == ["evaluation-3-deterministic", "evaluation-3-sampled"]
+    for folder, event in zip(kept, events(path), strict=True):
+        assert str(event["text"]).endswith(
+            f"look at it with: bridle replay {folder}; no final of {folder.name[13:]} actions"
+        )
+        assert main(["replay", str(folder)]) == 0
+        assert "since its environments began lead there again: " in capsys.readouterr().out
     assert Run.open(path).events()[-1]["kind"] == "finish"

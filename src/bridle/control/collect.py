@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -21,7 +21,7 @@ from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
 from bridle.random import generator
 
-__all__ = ["Collector", "Episode", "Memory", "Recall", "Rollout", "Stop"]
+__all__ = ["Collector", "Episode", "Memory", "Recall", "Rollout", "Stop", "led_here"]
 
 
 class Stop(Enum):
@@ -150,10 +150,10 @@ class Collector:
         self._returns = np.zeros(world.num_envs)
         self._lengths = np.zeros(world.num_envs, dtype=np.int64)
 
-    def restart(self, *, seed: int, step: int) -> None:
-        """Start every environment anew from the key (seed, "environments", step); episodes in progress are dropped."""
+    def restart(self, *, seed: int, step: int, stream: str = "environments") -> None:
+        """Start every environment anew from the key (seed, stream, step); episodes in progress are dropped."""
         # leaves room for one environment each at seed, seed + 1, …
-        start = int(generator(seed, "environments", step).integers(2**31 - self.world.num_envs))
+        start = int(generator(seed, stream, step).integers(2**31 - self.world.num_envs))
         self._observations = None  # and so it stays where the world goes wrong
         self._restarted = step
         self._played = []
@@ -184,13 +184,7 @@ class Collector:
 
     def led_here(self) -> dict[str, Tensor]:
         """Return what :meth:`retake` needs: the last restart, the actions since, and which environments died."""
-        kept = {"restarted": torch.tensor(self._restarted)}
-        if self._played:
-            kept["actions"] = torch.from_numpy(np.concatenate(self._played))
-        if self.world.replacements:
-            rows = [[one.call, one.environment, one.seed] for one in self.world.replacements]
-            kept["replacements"] = torch.tensor(rows)
-        return kept
+        return led_here(self._restarted, self._played, self.world)
 
     def replay(self, kept: Mapping[str, Tensor], policy: ControlPolicy, *, seed: int) -> bool:
         """Bring the world to where :meth:`state` was taken; False if the same actions led elsewhere.
@@ -208,13 +202,15 @@ class Collector:
         assert self._observations is not None
         return all(torch.equal(value, kept[name]) for name, value in self._outcome(self._observations).items())
 
-    def retake(self, kept: Mapping[str, Tensor], *, seed: int) -> bool:
-        """Take the steps of :meth:`led_here` again; False if this world cannot, since environments died then.
+    def retake(self, kept: Mapping[str, Tensor], *, seed: int, stream: str = "environments") -> bool:
+        """Take the steps of :meth:`led_here` again, begun from the key (seed, stream, step).
+
+        False if this world cannot, since environments died then.
 
         Raises:
             WorldError: as :meth:`collect`.
         """
-        self.restart(seed=seed, step=int(kept["restarted"]))
+        self.restart(seed=seed, step=int(kept["restarted"]), stream=stream)
         rows = kept["replacements"].tolist() if "replacements" in kept else []
         if not self.world.expect([Replacement(call=c, environment=e, seed=s) for c, e, s in rows]):
             return False
@@ -297,6 +293,17 @@ class Collector:
         self._returns[left] = 0
         self._lengths[left] = 0
         return ended
+
+
+def led_here(restarted: int, played: Sequence[NDArray[Any]], world: World) -> dict[str, Tensor]:
+    """Lay out what :meth:`Collector.retake` needs: the step of its key, blocks of actions [T, B, …], deaths."""
+    kept = {"restarted": torch.tensor(restarted)}
+    if played:
+        kept["actions"] = torch.from_numpy(np.concatenate(played))
+    if world.replacements:
+        rows = [[one.call, one.environment, one.seed] for one in world.replacements]
+        kept["replacements"] = torch.tensor(rows)
+    return kept
 
 
 def _shown(observations: Observations) -> dict[str, Tensor]:

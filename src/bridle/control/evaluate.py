@@ -8,17 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bridle.control.collect import Recall
+from bridle.control.collect import Recall, led_here
 from bridle.control.environments import World
 from bridle.control.policy import ControlPolicy
 from bridle.control.scaling import normalise
 from bridle.core.moments import Moments
-from bridle.errors import ConfigError
+from bridle.errors import ConfigError, NonFiniteWorld
 from bridle.random import generator
 
-__all__ = ["EvaluationSettings", "Score", "evaluate", "student_t"]
+__all__ = ["STREAM", "EvaluationSettings", "Score", "evaluate", "student_t"]
 
 MAX_STEPS = 20_000
+
+STREAM = "evaluation-environments"
+"""What keys the first states of an evaluation's episodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +135,17 @@ def evaluate(
     total, length = np.zeros(world.num_envs), np.zeros(world.num_envs, dtype=np.int64)
     finished: list[list[tuple[float, int]]] = [[] for _ in range(world.num_envs)]
     draws = generator(seed, "evaluation-actions", step)
-    observations = world.reset(int(generator(seed, "evaluation-environments", step).integers(2**31 - world.num_envs)))
-    recall = Recall(policy, world.num_envs)
+    observations = world.reset(int(generator(seed, STREAM, step).integers(2**31 - world.num_envs)))
+    recall, actions = Recall(policy, world.num_envs), list[np.ndarray]()
     while (played < quota).any():
         recall.begin()
         acted = policy.act(normalise(observations, moments).to(device), recall.state, None if deterministic else draws)
-        taken = world.step(policy.play(acted.actions.cpu().numpy()))
+        actions.append(policy.play(acted.actions.cpu().numpy()))
+        try:
+            taken = world.step(actions[-1])
+        except NonFiniteWorld as fault:
+            fault.led_here = led_here(step, [np.stack(actions)], world)
+            raise
         recall.take(acted.state, taken)
         observations = taken.observations
         total += np.where(taken.acted, taken.rewards, 0.0)

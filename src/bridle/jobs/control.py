@@ -42,7 +42,7 @@ from bridle.jobs.learner import Learner, check_gap
 from bridle.jobs.presets import KINDS, PRESETS, merged
 from bridle.jobs.session import RunSettings, Session, hold_place
 from bridle.jobs.sources import of_world
-from bridle.jobs.worlds import contain_world, enough, take_up_episodes, tell_deaths
+from bridle.jobs.worlds import contain_world, enough, leave_evaluation_out, take_up_episodes, tell_deaths
 from bridle.learn.a2c import A2CSettings
 from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
@@ -321,11 +321,7 @@ def _judge(
                 max_steps=settings.max_steps,
             )
         except NonFiniteWorld as fault:
-            if config.run.on_fault == "stop":
-                raise
-            text = f"step {step}: {fault}; no {when} of {name} actions"
-            session.run.event("fault", text, step=step, what=fault.what, skipped=True)
-            session.say(text)
+            leave_evaluation_out(config, session, step, fault, which=when, how=name)
             continue
         metrics |= score.metrics(f"{when}/{name}")
         if deterministic:

@@ -23,7 +23,7 @@ from bridle.learn.step import Evidence, Minibatch, Objective
 from bridle.runs.checkpoints import remove_folder, save_json, save_tensors, whole_folder
 from bridle.runs.files import Json, file_digest
 
-__all__ = ["FORMAT", "Kept", "contain", "digests", "evidence_of", "minibatch_from", "of_evidence", "skipped"]
+__all__ = ["FORMAT", "Kept", "contain", "digests", "evidence_of", "keep", "minibatch_from", "of_evidence", "skipped"]
 
 FORMAT = 1
 """Version of a fault's folder."""
@@ -51,16 +51,7 @@ def contain(session: Session, step: int, fault: NonFiniteStep | NonFiniteWorld, 
         TrainingError: ``run.on_fault`` is "stop", or as many steps in a row were skipped as it allows.
         WorldError: the same, where a world gave what is not finite.
     """
-    folder = session.run.path / "faults" / f"step-{step}"
-    try:
-        with whole_folder(folder) as aside:
-            kept.save_weights(aside)
-            save_tensors(aside / "batch.safetensors", dict(kept.tensors))
-            save_json(aside / "report.json", {**_report(session, step, fault, config, kept), "files": digests(aside)})
-        where = f"kept in {folder}; look at it with: bridle replay {folder}"
-        _prune(folder.parent)
-    except (OSError, SafetensorError) as error:
-        where = f"its evidence could not be kept ({error})"
+    where = keep(session, f"step-{step}", step, fault, config, kept)
     skipped = session.skipped_before(step)
     limit = session.settings.fault_limit
     stop = session.settings.on_fault == "stop" or skipped >= limit
@@ -73,6 +64,22 @@ def contain(session: Session, step: int, fault: NonFiniteStep | NonFiniteWorld, 
     more = f"; {limit} steps before it were skipped already" if session.settings.on_fault == "skip" else ""
     kind = WorldError if isinstance(fault, NonFiniteWorld) else TrainingError
     raise kind(text + more) from fault
+
+
+def keep(
+    session: Session, name: str, step: int, fault: NonFiniteStep | NonFiniteWorld, config: object, kept: Kept
+) -> str:
+    """Keep the evidence in ``faults/name``; return where it is, or why it could not be kept."""
+    folder = session.run.path / "faults" / name
+    try:
+        with whole_folder(folder) as aside:
+            kept.save_weights(aside)
+            save_tensors(aside / "batch.safetensors", dict(kept.tensors))
+            save_json(aside / "report.json", {**_report(session, step, fault, config, kept), "files": digests(aside)})
+        _prune(folder.parent)
+    except (OSError, SafetensorError) as error:
+        return f"its evidence could not be kept ({error})"
+    return f"kept in {folder}; look at it with: bridle replay {folder}"
 
 
 def digests(folder: Path) -> dict[str, Json]:
@@ -120,9 +127,10 @@ def _not_finite(tensor: Tensor) -> dict[str, Json] | None:
 
 
 def _prune(folder: Path) -> None:
-    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    for old in sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))[:-_FOLDERS]:
-        remove_folder(old)
+    for kind in ("step", "evaluation"):
+        numbered = [path for path in folder.glob(f"{kind}-*") if path.name.split("-")[1].isdecimal()]
+        for old in sorted(numbered, key=lambda path: int(path.name.split("-")[1]))[:-_FOLDERS]:
+            remove_folder(old)
 
 
 def of_evidence(evidence: Evidence, units: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Json]]:

@@ -81,10 +81,10 @@ def _of_world(report: JsonObject, tensors: Mapping[str, Tensor]) -> Iterator[str
     config = _config(ControlConfig, report)
     yield from (f"world: {name} holds {said}" for name, t in tensors.items() if (said := _wrong(t)) is not None)
     kept = {name.removeprefix("episodes/"): t for name, t in tensors.items() if name.startswith("episodes/")}
-    steps = len(kept.get("actions", ()))
+    steps, stream = len(kept.get("actions", ())), str(report.get("stream", "environments"))
     try:
         with closing(make_world(config.env, config.world)) as world, np.errstate(over="ignore", invalid="ignore"):
-            Collector(world, 1).retake(kept, seed=config.run.seed)
+            Collector(world, 1).retake(kept, seed=config.run.seed, stream=stream)
     except NonFiniteWorld as again:
         yield f"world: the {steps} steps since its environments began lead there again: {again}"
     except WorldError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from bridle.control.collect import Collector, Rollout
 from bridle.control.environments import World
-from bridle.errors import NonFiniteWorld, RunError
-from bridle.jobs.faults import Kept, contain
+from bridle.control.evaluate import STREAM
+from bridle.errors import NonFiniteWorld, RunError, WorldError
+from bridle.jobs.faults import Kept, contain, keep
 from bridle.jobs.learner import Learner
 from bridle.jobs.session import Session
 from bridle.runs.files import load_tensors
@@ -17,7 +20,7 @@ from bridle.runs.files import load_tensors
 if TYPE_CHECKING:
     from bridle.jobs.control import ControlConfig
 
-__all__ = ["contain_world", "enough", "take_up_episodes", "tell_deaths"]
+__all__ = ["contain_world", "enough", "leave_evaluation_out", "take_up_episodes", "tell_deaths"]
 
 
 def tell_deaths(session: Session, step: int, *worlds: World) -> dict[str, float]:
@@ -49,10 +52,31 @@ def contain_world(
     """
     if config.run.on_fault == "stop" and not session.run.metrics():
         raise fault
-    assert isinstance(fault.given, Tensor)
-    tensors = {"given": fault.given, **{f"episodes/{name}": value for name, value in collector.led_here().items()}}
-    contain(session, step, fault, config, Kept(tensors=tensors, save_weights=lambda _: None, report={"world": True}))
+    contain(session, step, fault, config, _kept(fault, collector.led_here(), "environments"))
     collector.forget()
+
+
+def leave_evaluation_out(
+    config: ControlConfig, session: Session, step: int, fault: NonFiniteWorld, *, which: str, how: str
+) -> None:
+    """Keep what led to it and say that there is no such evaluation; raises the fault where the run stops at one."""
+    assert isinstance(fault.led_here, Mapping | None)
+    if config.run.on_fault == "stop" and not session.run.metrics():
+        raise fault
+    kept = _kept(fault, fault.led_here or {"restarted": torch.tensor(step)}, STREAM)
+    where = keep(session, f"evaluation-{step}-{how}", step, fault, config, kept)
+    skip = config.run.on_fault == "skip"
+    text = f"step {step}: {fault}; {where}" + (f"; no {which} of {how} actions" if skip else "")
+    session.run.event("fault", text, step=step, what=fault.what, skipped=skip)
+    if not skip:
+        raise WorldError(text) from fault
+    session.say(text)
+
+
+def _kept(fault: NonFiniteWorld, led_here: Mapping[str, Tensor], stream: str) -> Kept:
+    assert isinstance(fault.given, Tensor)
+    tensors = {"given": fault.given, **{f"episodes/{name}": value for name, value in led_here.items()}}
+    return Kept(tensors=tensors, save_weights=lambda _: None, report={"world": True, "stream": stream})
 
 
 def take_up_episodes(collector: Collector, learner: Learner, session: Session) -> None:
