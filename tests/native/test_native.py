@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,12 @@ def test_a_compiler_that_does_not_compile_is_named(
     assert problem is not None
     assert re.fullmatch(words, problem.replace('"', "'"))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("asked", "code"), [("--help", 0), ("small.c", 2)])
+def test_asked_how_it_is_used_it_compiles_nothing(asked: str, code: int) -> None:
+    nowhere = {**os.environ, "CC": "/nowhere/cc"}
+    module = [sys.executable, "-m", "bridle.native.compiling", asked]
+    done = subprocess.run(module, env=nowhere, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.startswith("usage: python -m bridle.native.compiling\n")

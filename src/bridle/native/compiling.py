@@ -68,6 +68,10 @@ def compile_source(source: Path, place: Path) -> str | None:
 
 
 def _main() -> None:
+    if len(sys.argv) > 1:  # --help, or what it does not take
+        what = "Compile what Bridle has in C, each beside its source; CC names the compiler."
+        sys.stdout.write(f"usage: python -m bridle.native.compiling\n\n{what}\n")
+        sys.exit(0 if sys.argv[1] in ("-h", "--help") else 2)
     for source in SOURCES:
         problem = compile_source(source, compiled_from(source))
         if problem:
