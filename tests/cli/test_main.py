@@ -91,6 +91,12 @@ def bridle(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 GOOD = ("toy", "Cart", "--run.dir", "r", "--run.quiet")
 
 
+def test_elsewhere_than_on_posix_it_is_one_line(bridle: Bridle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridle.cli.main._POSIX", False)
+    line = "bridle: bridle needs a POSIX system, such as Linux or macOS; on Windows run it in WSL\n"
+    assert bridle("runs") == bridle("--help") == (2, "", line)
+
+
 def test_a_job_runs_and_says_where(toy: ModuleType, bridle: Bridle) -> None:
     assert bridle(*GOOD, "--ppo.clip", "0.1", "--betas", "0.5", "0.75") == (0, "r\n", "")
     run = Run.open("r")

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "JobCommand", "main"]
 
 
+_POSIX = os.name == "posix"
+"""Whether there are fork, file locks and resource limits, which runs, chat templates and environments are built on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobCommand:
     """A command that runs a job; the job's module is imported only when it is asked for."""
@@ -289,6 +293,9 @@ def _complain(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``bridle`` and return its exit code: 0 done, 1 training failed, 2 the user can mend it, 130 stopped."""
+    if not _POSIX:
+        _complain("bridle needs a POSIX system, such as Linux or macOS; on Windows run it in WSL")
+        return 2
     try:
         _dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
