@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from bridle.cli.main import main
+from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings
 from bridle.control.making import WorldSettings
+from bridle.control.observations import Observations
 from bridle.errors import WorldError
 from bridle.jobs.control import ControlConfig, run
 from bridle.runs import Run
@@ -106,7 +108,16 @@ def test_before_the_first_record_there_is_nothing_to_keep(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_an_evaluation_that_goes_wrong_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_that_goes_wrong_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds, reset = list[int](), World.reset
+
+    def watched(self: World, seed: int) -> Observations:
+        seeds.append(seed)
+        return reset(self, seed)
+
+    monkeypatch.setattr(World, "reset", watched)
     evaluation = EvaluationSettings(every=0, final_episodes=5, max_steps=60)
     config = glitching(tmp_path / "run", below=1000, n_steps=13)
     path = run(dataclasses.replace(config, total_steps=78, evaluation=evaluation))
@@ -119,6 +130,8 @@ def test_an_evaluation_that_goes_wrong_is_left_out(tmp_path: Path, capsys: pytes
         assert str(event["text"]).endswith(
             f"look at it with: bridle replay {folder}; no final of {folder.name[13:]} actions"
         )
+        begun = seeds[-1]
         assert main(["replay", str(folder)]) == 0
+        assert seeds[-2:] == [begun, begun]
         assert "since its environments began lead there again: " in capsys.readouterr().out
     assert Run.open(path).events()[-1]["kind"] == "finish"
