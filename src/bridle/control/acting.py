@@ -38,18 +38,19 @@ class Choosing(Acting):
         super().__init__(policy, draws)
         self._actor = actor
         self._gumbel = draws.gumbel(size=(steps, rows, width)).astype(np.float32)
-        self._logits = np.empty((steps, rows, width), dtype=np.float32)
+        self._logits = torch.empty(steps, rows, width)
         self._chosen = np.empty((steps, rows), dtype=np.int64)
         self._at = 0
+        logits, arrays = self._logits.unbind(), self._logits.numpy()
+        self._each = list(zip(logits, arrays, self._gumbel, self._chosen, strict=True))
 
     def act(self, observations: Observations, state: Tensor | None) -> tuple[NDArray[Any], Tensor | None]:
         """Draw one action in each of n states."""
-        at = self._at
+        out, logits, noisy, chosen = self._each[self._at]
         self._at += 1
-        logits, noisy = self._logits[at], self._gumbel[at]
-        self._actor.outputs(observations.vector.contiguous(), logits)
+        self._actor.outputs(observations.vector.contiguous(), out)
         noisy += logits
-        return noisy.argmax(axis=1, out=self._chosen[at]), state
+        return noisy.argmax(axis=1, out=chosen), state
 
     def actions(self) -> Tensor:
         """[n, T]: all actions so far."""
@@ -57,7 +58,7 @@ class Choosing(Acting):
 
     def logp(self) -> Float[Tensor, "n T"]:
         """[n, T] log-probability of each under the distribution that it was drawn from, nats."""
-        logp = torch.log_softmax(torch.from_numpy(self._logits[: self._at]), -1)
+        logp = torch.log_softmax(self._logits[: self._at], -1)
         chosen = torch.from_numpy(self._chosen[: self._at])
         return logp.gather(-1, chosen[..., None])[..., 0].T.contiguous()
 
@@ -80,16 +81,18 @@ class Drawing(Acting):
         noise = draws.standard_normal((steps, rows, len(log_std))).astype(np.float32)
         noise *= log_std.exp().numpy()
         self._noise = noise
-        self._mean = np.empty_like(noise)
+        self._mean = torch.empty(noise.shape)
         self._at = 0
+        mean, arrays = self._mean.unbind(), self._mean.numpy()
+        self._each = list(zip(mean, arrays, noise, strict=True))
 
     def act(self, observations: Observations, state: Tensor | None) -> tuple[NDArray[Any], Tensor | None]:
         """Draw μ + σ ε."""
-        at = self._at
+        out, mean, noise = self._each[self._at]
         self._at += 1
-        self._actor.outputs(observations.vector.contiguous(), self._mean[at])
-        self._noise[at] += self._mean[at]
-        return self._noise[at], state
+        self._actor.outputs(observations.vector.contiguous(), out)
+        noise += mean
+        return noise, state
 
     def actions(self) -> Tensor:
         """[n, T, A]: all actions so far."""
@@ -98,6 +101,7 @@ class Drawing(Acting):
     def logp(self) -> Float[Tensor, "n T"]:
         """[n, T] log-probability of each under the distribution that it was drawn from, nats."""
         shape, width = self._noise[: self._at].shape[:2], len(self._log_std)
-        mean, drawn = (numbers[: self._at].reshape(-1, width) for numbers in (self._mean, self._noise))
-        logp = Normal(torch.from_numpy(mean.T), torch.from_numpy(drawn), self._log_std).logp
+        mean = self._mean[: self._at].reshape(-1, width)
+        drawn = torch.from_numpy(self._noise[: self._at].reshape(-1, width))
+        logp = Normal(mean.T, drawn, self._log_std).logp
         return logp.view(shape).T.contiguous()

@@ -281,9 +281,9 @@ class Collector:
         self._returns += taken.rewards * taken.acted
         self._lengths += taken.acted
         ended: list[Episode] = []
-        left = np.flatnonzero(taken.over | taken.lost)
-        if not len(left):
+        if not (np.count_nonzero(taken.over) or np.count_nonzero(taken.lost)):
             return ended
+        left = np.flatnonzero(taken.over | taken.lost)
         over = np.flatnonzero(taken.over)
         columns = (self._returns[over].tolist(), self._lengths[over].tolist(), taken.terminated[over].tolist())
         for return_, length, terminated in zip(*columns, strict=True):

@@ -13,10 +13,8 @@ from operator import is_
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bridle.control.buffers import Buffers
@@ -195,10 +193,10 @@ class Frozen:
         self._pointer = ctypes.byref(self._net)
         self._shape = rows, net[0].shape[1]
 
-    def outputs(self, vector: Float[Tensor, "n D"], out: NDArray[np.float32]) -> None:
-        """Write the outputs [n, A] in n states to ``out``."""
+    def outputs(self, vector: Float[Tensor, "n D"], out: Float[Tensor, "n A"]) -> None:
+        """Write the outputs in n states to ``out``, which lies row by row."""
         require_shape(vector, *self._shape)
-        self._net.out = out.ctypes.data
+        self._net.out = out.data_ptr()
         library.perceptron_forward(self._pointer, vector.data_ptr())
 
 

@@ -92,7 +92,8 @@ class World:
         self._mode = mode
         self._copies = _copies(envs)
         self._nobody = np.zeros(self.num_envs, dtype=np.bool_)
-        self._nobody.flags.writeable = False
+        self._everybody = ~self._nobody
+        self._nobody.flags.writeable = self._everybody.flags.writeable = False
         self._pending = self._nobody
 
     def reset(self, seed: int) -> Observations:
@@ -126,10 +127,18 @@ class World:
         world_actions = self.actions.to_world(actions)
         with foreign(self.name, "step", actions=world_actions, copies=self._copies):
             raw, rewards, terminated, truncated, info = self._envs.step(world_actions)
-        lost = self._nobody if self._processes is None else self._processes.lost.copy()
-        acted = ~(self._pending | lost)
-        terminated = np.asarray(terminated, dtype=np.bool_) & acted
-        truncated = np.asarray(truncated, dtype=np.bool_) & acted & ~terminated
+        terminated, truncated = np.array(terminated, dtype=np.bool_), np.array(truncated, dtype=np.bool_)
+        acted, lost = self._everybody, self._nobody
+        if self._processes is not None or self._pending is not self._nobody:
+            lost = lost if self._processes is None else self._processes.lost.copy()
+            acted = ~(self._pending | lost)
+            terminated &= acted
+            truncated &= acted
+        # counting is the cheapest question that NumPy answers, and most steps end nothing
+        done = self._nobody
+        if np.count_nonzero(terminated) or np.count_nonzero(truncated):
+            truncated &= ~terminated
+            done = terminated | truncated
         rewards = np.asarray(rewards, dtype=np.float64)
         if not math.isfinite(rewards.dot(rewards)) and not np.isfinite(rewards).all():
             row = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -138,7 +147,6 @@ class World:
             raise NonFiniteWorld(text, "the reward", row, torch.from_numpy(rewards.copy()))
         shown = self._encode(raw)
         self._pending = self._nobody
-        done = terminated | truncated
         if self._life_loss:
             terminated |= self._lost_lives(info) & acted & ~done
         successors, observations = self._next_episode(done, shown, world_actions, info)
@@ -191,7 +199,7 @@ class World:
     ) -> tuple[Observations, Observations]:
         """Return (successors, observations) after a step that showed ``shown`` and ended the episodes ``done``."""
         nobody = self._nobody
-        if not done.any():
+        if done is nobody:
             shown = self._masks.attach(shown, info, idle=nobody)
             return shown, shown
         ended = torch.from_numpy(np.flatnonzero(done))

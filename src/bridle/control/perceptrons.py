@@ -190,17 +190,17 @@ class Frozen:
         ]
         self._layers = [_Matrices(np.empty((rows, len(bias)), dtype=np.float32)) for _, bias in self._hidden]
 
-    def outputs(self, vector: Float[Tensor, "n D"], out: Array) -> None:
-        """Write the outputs [n, A] in n states to ``out``."""
-        below = vector.numpy()
+    def outputs(self, vector: Float[Tensor, "n D"], out: Float[Tensor, "n A"]) -> None:
+        """Write the outputs in n states to ``out``."""
+        below, found = vector.numpy(), out.numpy()
         for (weight_t, bias), layer in zip(self._hidden, self._layers, strict=True):
             np.matmul(below, weight_t, out=layer.array)
             np.add(layer.array, bias, out=layer.array)
             self._activation(layer.tensor)
             below = layer.array
         weight_t, bias = self._last
-        np.matmul(below, weight_t, out=out)
-        out += bias
+        np.matmul(below, weight_t, out=found)
+        found += bias
 
 
 def _arranged(weight: Array, bias: Array, *, onto: bool, into: bool) -> tuple[Array, Array]:

@@ -39,6 +39,7 @@ typedef struct {
 #define EXPORT __attribute__((visibility("default")))
 #define CLONES
 #endif
+#define UNROLL _Pragma("GCC unroll 6") /* so that sums stay in registers */
 #define INLINE static inline __attribute__((always_inline))
 
 static int64_t most(const perceptron *net) {
@@ -52,26 +53,33 @@ static int64_t most(const perceptron *net) {
 INLINE void block(const int high, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, int64_t db,
                   float *c, int64_t dc, int64_t columns, int add) {
   vec sum[HIGH][2];
-  for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (vec){0};
+  UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (vec){0};
   for (int64_t k = 0; k < depth; k++) {
     const vec left = *(const vec *)(b + k * db), right = *(const vec *)(b + k * db + 8);
-    for (int i = 0; i < high; i++) {
+    UNROLL for (int i = 0; i < high; i++) {
       const float one = a[i * da + k * dk];
       sum[i][0] += one * left;
       sum[i][1] += one * right;
     }
   }
-  for (int i = 0; i < high; i++) {
-    float *row = c + i * dc;
-    if (columns == WIDE) {
-      vec *to = (vec *)row;
-      if (add) to[0] += sum[i][0], to[1] += sum[i][1];
-      else to[0] = sum[i][0], to[1] = sum[i][1];
-    } else {
-      float own[WIDE];
-      memcpy(own, sum[i], sizeof own);
-      for (int64_t j = 0; j < columns; j++) row[j] = add ? row[j] + own[j] : own[j];
+  if (columns == WIDE && add) {
+    UNROLL for (int i = 0; i < high; i++) {
+      vec *to = (vec *)(c + i * dc);
+      to[0] += sum[i][0], to[1] += sum[i][1];
     }
+  } else if (columns == WIDE) {
+    UNROLL for (int i = 0; i < high; i++) {
+      vec *to = (vec *)(c + i * dc);
+      to[0] = sum[i][0], to[1] = sum[i][1];
+    }
+  } else {
+    float own[HIGH * WIDE];
+    UNROLL for (int i = 0; i < high; i++) {
+      vec *to = (vec *)(own + i * WIDE);
+      to[0] = sum[i][0], to[1] = sum[i][1];
+    }
+    for (int i = 0; i < high; i++)
+      for (int64_t j = 0; j < columns; j++) c[i * dc + j] = add ? c[i * dc + j] + own[i * WIDE + j] : own[i * WIDE + j];
   }
 }
 

@@ -122,6 +122,10 @@ class SmallActorCritic(ActorCritic, HandDifferentiated, Descends):
             return Choosing(self, draws, actor=actor, width=self._width, steps=steps, rows=len(first))
         return Drawing(self, draws, actor=actor, log_std=log_std, steps=steps, rows=len(first))
 
+    def play(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Play actions as they are: what is by hand is not squashed."""
+        return actions
+
     def values(self, observations: Observations, state: Tensor | None) -> Float[Tensor, " n"]:
         """V(s) for n states, in units of return."""
         if not self._by_hand(observations) or torch.is_grad_enabled():

@@ -171,10 +171,9 @@ class Learner:
             **summarise(updates),
             **{f"lr/{name}": lr for name, lr in self.optimiser.lrs.items()},
         }
-        gap = updates[0].gap
-        if gap is not None:
-            metrics["sampler_gap_mean"] = float(gap.mean)
-            metrics["sampler_gap_max"] = float(gap.maximum)
+        for kind in ("mean", "max"):
+            if (gap := metrics.get(f"first_ratio_gap_{kind}")) is not None:
+                metrics[f"sampler_gap_{kind}"] = gap
         return metrics
 
     def keep_if_best(self, score: float, session: Session, *, step: int) -> None:
