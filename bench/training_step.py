@@ -27,6 +27,7 @@ from bridle.language.causal import CausalModel
 from bridle.language.collect import PromptTokens, collect
 from bridle.language.policy import LanguagePolicy, critic_from_actor, value_head
 from bridle.language.prepare import prepare
+from bridle.language.quickening import quicken
 from bridle.language.sampler import SamplingSettings
 from bridle.language.sampler.serving import embedded_sampler
 from bridle.language.scorers import RewardModelScorer
@@ -75,7 +76,8 @@ class Step:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         network = actor_of(name)
-        attend_narrowly(network)
+        if not options.plain:
+            quicken(attend_narrowly(network))
         actor = CausalModel(network)
         critic: Any = value_head(actor.width) if options.critic == "trunk" else critic_from_actor(network)
         self.reference = copy.deepcopy(actor).requires_grad_(False)
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--minibatches", type=int, default=4)
     parser.add_argument("--budget", type=int, default=16_384)
+    parser.add_argument("--plain", action="store_true", help="layers as PyTorch computes them")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     before = peak()

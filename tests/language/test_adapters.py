@@ -23,6 +23,7 @@ from bridle.language.adapters import Adapted, LoraSettings, open_adapted, twin
 from bridle.language.causal import CausalModel
 from bridle.language.models import ModelSettings, load_causal_lm, load_reward_model, save_model
 from bridle.language.policy import Critic, LanguagePolicy
+from bridle.language.quickening import plainly
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.sampler import SamplingSettings
 from bridle.language.scorers import RewardModelScorer, RewardSettings, build_scorer
@@ -76,7 +77,7 @@ def storages(*modules: nn.Module) -> dict[int, int]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
 def test_with_b_at_zero_the_actor_is_the_base_to_the_bit(family: str, tmp_path: Path) -> None:
     found = adapted(a_base(tmp_path / "base", family), moved=False)
-    plain, _ = load_causal_lm(ModelSettings(path=str(tmp_path / "base")))
+    plain = plainly(load_causal_lm(ModelSettings(path=str(tmp_path / "base")))[0])
     assert torch.equal(logits(found.model), logits(plain))
     move(found.model)
     assert not torch.equal(logits(found.model), logits(plain))

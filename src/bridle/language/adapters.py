@@ -41,6 +41,7 @@ from bridle.language.models import (
     quiet,
     save_model,
 )
+from bridle.language.quickening import plainly
 from bridle.random import torch_rng
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def open_adapted(
         check_fits(model, layers, found)
         _check_same(lora, found)
         names, alpha = sorted(found.layers), found.alpha
-    base = Base(settings=whole, model=model.requires_grad_(False))
+    base = Base(settings=whole, model=plainly(model).requires_grad_(False))  # layers with adapters do not run compiled
     own = twin(model)
     _inject(own, names, lora.rank, alpha, seed=seed)
     if found is not None:

@@ -19,6 +19,7 @@ from bridle.errors import ConfigError, ModelError
 from bridle.language.adapter_files import Adapter, is_adapter, merge_into, read_adapter
 from bridle.language.folders import check_folder
 from bridle.language.kinds import is_classifier, require_decoder, require_language_head, require_one_output
+from bridle.language.quickening import quicken
 from bridle.language.rendering import replace_template
 from bridle.language.special_tokens import check_reward_padding, tokenizer_notes
 from bridle.random import torch_rng
@@ -210,7 +211,7 @@ def _load(
             raise ModelError(f"{settings.path}: {name} holds numbers that are not finite; take another copy")
     from bridle.language.attention import attend_narrowly  # imports transformers: late, as everywhere here
 
-    return attend_narrowly(model), frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
+    return quicken(attend_narrowly(model)), frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
 
 
 def checked_source(settings: ModelSettings) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["SOURCES", "compile_source", "compiled_from"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = (_PACKAGE / "control" / "small.c",)
+SOURCES = (_PACKAGE / "control" / "small.c", _PACKAGE / "language" / "layers.c")
 """What there is to compile; each is a library of its own."""
 
 _FLAGS = (

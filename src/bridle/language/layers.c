@@ -1,0 +1,533 @@
+/* A decoder layer of the kind most language models have, there and back, on a CPU in float32:
+
+       n = x rsqrt(mean x^2 + eps) w,   q, k, v = n W^T + b, q and k turned by their positions,
+       h = x + (causal attention of q, k, v) W_o^T,
+       y = h + (silu(m W_g^T) o m W_u^T) W_d^T,   m = the same norm of h                     (layer_forward)
+       and the chain rule of it, the weights' gradients added to what is there                (layer_backward)
+
+   A text at a time, a few tokens of it at a time, so that what is between x and y stays in the nearest caches. Numbers
+   lie row by row. Weights are packed into panels of 16 columns, [depth][16] each, once a call. Nothing is allocated here.
+   Not-a-number and infinities go through to y: nothing is compared in a way that would drop them. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define TILE 48  /* tokens at a time through what looks at one token alone */
+#define PAST 24  /* queries at a time over the keys before them */
+#define HIGH 6   /* rows of a product summed in registers, over 16 columns */
+#define TALL 12  /* the same over 8 columns */
+
+typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+
+typedef struct {
+  const float *weight; /* [out, in] */
+  const float *bias;   /* [out] or NULL */
+  float *weight_gradient, *bias_gradient; /* of the same shapes, or NULL where not asked for */
+} linear;
+
+typedef struct {
+  int64_t texts, length, width, heads, key_heads, head, hidden;
+  int64_t keep;    /* whether what the way back reads is kept for all texts, or written over by the next */
+  int64_t turning; /* numbers between two texts' rows of cos and sin: 0 where all texts share theirs */
+  float first_eps, second_eps, scale;
+  const float *first_norm, *second_norm; /* [width] */
+  float *first_gradient, *second_gradient;
+  linear query, key, value, out, gate, up, down;
+  const float *cosine, *sine; /* [length, head] */
+  const float *x;             /* [texts, length, width] */
+  float *y;
+  float *qkv;  /* [texts, length, (heads + 2 key_heads) head], turned */
+  float *read; /* [texts, length, heads head] */
+  float *sums; /* [texts, heads, length] log of the sum of exp(scores) */
+  float *h;    /* [texts, length, width] */
+  float *gate_up; /* [texts, length, 2 padded hidden] */
+  float *work;    /* see layer_work */
+} layer;
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((noinline, target_clones("arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE vec pick(ints where, vec yes, vec no) { return (vec)((where & (ints)yes) | (~where & (ints)no)); }
+
+/* ---- products */
+
+/* C[high, 8 wide] (+)= A B, A(i, k) = a[i da + k dk], B(k, .) = b + 8 wide k. */
+INLINE void block(const int high, const int wide, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
+                  float *c, int64_t dc, int64_t columns, int add) {
+  vec sum[TALL][2];
+  for (int i = 0; i < high; i++)
+    for (int j = 0; j < wide; j++) sum[i][j] = (vec){0};
+  for (int64_t k = 0; k < depth; k++, b += 8 * wide) {
+    const vec left = *(const vec *)b, right = *(const vec *)(b + 8 * (wide - 1));
+    for (int i = 0; i < high; i++) {
+      const float one = a[i * da + k * dk];
+      sum[i][0] += one * left;
+      if (wide == 2) sum[i][1] += one * right;
+    }
+  }
+  for (int i = 0; i < high; i++) {
+    float *row = c + i * dc;
+    if (columns == 8 * wide)
+      for (int j = 0; j < wide; j++) {
+        vec *to = (vec *)row + j;
+        if (add) *to += sum[i][j];
+        else *to = sum[i][j];
+      }
+    else
+      for (int64_t j = 0; j < columns; j++) {
+        const float one = sum[i][j / 8][j % 8];
+        row[j] = add ? row[j] + one : one;
+      }
+  }
+}
+
+#define ROWS_OF(n) \
+  case n: block(n, wide, depth, a, da, dk, b, c, dc, columns, add); break
+
+/* One panel of C = A B, all its rows. */
+INLINE void panel(const int wide, int64_t m, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, float *c,
+                  int64_t dc, int64_t columns, int add) {
+  const int most = wide == 2 ? HIGH : TALL;
+  for (; m >= most; m -= most, a += most * da, c += most * dc) block(most, wide, depth, a, da, dk, b, c, dc, columns, add);
+  if (wide == 1 && m >= 6) {
+    block(6, 1, depth, a, da, dk, b, c, dc, columns, add);
+    m -= 6, a += 6 * da, c += 6 * dc;
+  }
+  switch (m) {
+    ROWS_OF(5);
+    ROWS_OF(4);
+    ROWS_OF(3);
+    ROWS_OF(2);
+    ROWS_OF(1);
+  }
+}
+
+/* C[m, n] (+)= A B, B packed with `tall` rows, of which the first `depth` count. */
+CLONES static void product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
+                           int64_t tall, float *c, int64_t dc, int add) {
+  for (int64_t j = 0; j < n; j += 16, b += 16 * tall)
+    if (n - j > 8) panel(2, m, depth, a, da, dk, b, c + j, dc, least(n - j, 16), add);
+    else panel(1, m, depth, a, da, dk, b, c + j, dc, n - j, add);
+}
+
+/* Pack B(k, j) = b[k db + j]; the last panel is 8 wide where no more columns are left, the rest of a panel 0. */
+CLONES static void pack(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const int64_t wide = n - j > 8 ? 16 : 8, columns = least(n - j, wide);
+    for (int64_t k = 0; k < depth; k++, to += wide) {
+      if (columns == 16) memcpy(to, b + k * db + j, 64);
+      else if (columns == 8) memcpy(to, b + k * db + j, 32);
+      else
+        for (int64_t i = 0; i < wide; i++) to[i] = i < columns ? b[k * db + j + i] : 0.0f;
+    }
+  }
+}
+
+/* Pack B(k, j) = b[j db + k]. */
+CLONES static void pack_turned(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const int64_t wide = n - j > 8 ? 16 : 8, columns = least(n - j, wide);
+    for (int64_t i = 0; i < wide; i++)
+      if (i < columns)
+        for (int64_t k = 0; k < depth; k++) to[k * wide + i] = b[(j + i) * db + k];
+      else
+        for (int64_t k = 0; k < depth; k++) to[k * wide + i] = 0.0f;
+    to += wide * depth;
+  }
+}
+
+/* ---- functions of one number */
+
+/* exp of what is not above 0, within 2e-7 of it: 2^n e^r with |r| <= log(2) / 2 and e^r = 1 + r + r^2 P(r), P fitted
+   there; 0 below -87. Not-a-number comes through. */
+INLINE vec exp_of(vec x) {
+  const vec shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 2^23: n stands in its last bits */
+  const vec n = shifted - 12582912.0f;
+  const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec p = r * 1.3814586e-3f + 8.3687166e-3f;
+  p = p * r + 4.1668389e-2f;
+  p = p * r + 1.6666521e-1f;
+  p = p * r + 4.9999994e-1f;
+  const vec y = (p * (r * r) + (r + 1.0f)) * (vec)(((bits)shifted << 23) + 0x3f800000u);
+  return (vec)((ints)y & ~(x < (vec){0} - 87.0f));
+}
+
+/* 1 / (1 + e^-x), from the exponential that does not overflow. */
+INLINE vec sigmoid(vec x) {
+  const ints below = x < (vec){0};
+  const vec e = exp_of(pick(below, x, -x)), s = 1.0f / (1.0f + e);
+  return pick(below, e * s, s);
+}
+
+INLINE float sum_of(vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+/* ---- what looks at one token alone; widths are multiples of 8 */
+
+CLONES static void norm(int64_t rows, int64_t width, float eps, const float *x, const float *w, float *n) {
+  for (int64_t i = 0; i < rows; i++, x += width, n += width) {
+    vec squares = {0};
+    for (int64_t j = 0; j < width; j += 8) squares += *(const vec *)(x + j) * *(const vec *)(x + j);
+    const float by = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
+    for (int64_t j = 0; j < width; j += 8) *(vec *)(n + j) = *(const vec *)(w + j) * (*(const vec *)(x + j) * by);
+  }
+}
+
+/* d += the norm's pull-back of `slope`: with s = rsqrt(mean x^2 + eps), s w o slope - x s^3 mean(x o w o slope). */
+CLONES static void norm_back(int64_t rows, int64_t width, float eps, const float *x, const float *w, const float *slope, float *d,
+                             float *restrict w_gradient) {
+  for (int64_t i = 0; i < rows; i++, x += width, slope += width, d += width) {
+    vec squares = {0}, along = {0};
+    for (int64_t j = 0; j < width; j += 8) {
+      const vec one = *(const vec *)(x + j);
+      squares += one * one;
+      along += one * (*(const vec *)(w + j) * *(const vec *)(slope + j));
+    }
+    const float by = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
+    const float back = sum_of(along) * by * by * by / (float)width;
+    for (int64_t j = 0; j < width; j += 8) {
+      const vec own = *(const vec *)(slope + j), one = *(const vec *)(x + j);
+      *(vec *)(d + j) += own * *(const vec *)(w + j) * by - one * back;
+      if (w_gradient) *(vec *)(w_gradient + j) += own * one * by;
+    }
+  }
+}
+
+/* act = silu(g) o u, rows of g and u side by side. */
+CLONES static void gate(int64_t rows, int64_t hidden, const float *gate_up, float *act) {
+  for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden)
+    for (int64_t j = 0; j < hidden; j += 8) {
+      const vec g = *(const vec *)(gate_up + j);
+      *(vec *)(act + j) = g * sigmoid(g) * *(const vec *)(gate_up + hidden + j);
+    }
+}
+
+/* From d = the slope of act: act again, and the slopes of g and u. */
+CLONES static void gate_back(int64_t rows, int64_t hidden, const float *gate_up, const float *d, float *act, float *slope) {
+  for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden, d += hidden, slope += 2 * hidden)
+    for (int64_t j = 0; j < hidden; j += 8) {
+      const vec g = *(const vec *)(gate_up + j), u = *(const vec *)(gate_up + hidden + j), own = *(const vec *)(d + j);
+      const vec s = sigmoid(g), open = g * s;
+      *(vec *)(act + j) = open * u;
+      *(vec *)(slope + j) = own * u * (s + open * (1.0f - s));
+      *(vec *)(slope + hidden + j) = own * open;
+    }
+}
+
+/* Turn heads by their positions: x cos + (-second half, first half of x) sin; back: its transpose. */
+INLINE void turn(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x, int64_t stride,
+                 const int back) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < rows; i++, cosine += width, sine += width, x += stride)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t j = 0; j < half; j += 4) {
+        float *one = x + h * width + j, *two = one + half;
+        const four a = *(four *)one, b = *(four *)two;
+        const four c = *(const four *)(cosine + j), s = *(const four *)(sine + j);
+        const four d = *(const four *)(cosine + half + j), t = *(const four *)(sine + half + j);
+        *(four *)one = back ? a * c + b * t : a * c - b * s;
+        *(four *)two = back ? b * d - a * s : b * d + a * t;
+      }
+}
+
+CLONES static void turn_forth(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
+                              int64_t stride) {
+  turn(rows, heads, width, cosine, sine, x, stride, 0);
+}
+
+CLONES static void turn_back(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
+                             int64_t stride) {
+  turn(rows, heads, width, cosine, sine, x, stride, 1);
+}
+
+CLONES static void add_bias(int64_t rows, int64_t n, const float *bias, float *restrict x, int64_t stride) {
+  if (bias)
+    for (int64_t i = 0; i < rows; i++, x += stride)
+      for (int64_t j = 0; j < n; j++) x[j] += bias[j];
+}
+
+CLONES static void sum_rows(int64_t rows, int64_t n, const float *x, int64_t stride, float *restrict sum) {
+  if (sum)
+    for (int64_t i = 0; i < rows; i++, x += stride)
+      for (int64_t j = 0; j < n; j++) sum[j] += x[j];
+}
+
+/* ---- attention of the heads that read one key head */
+
+/* Rows of scores, of which row i sees the first `before + i + 1`: exp(scale (s - the largest)), 0 after them up to `stop`;
+   their sums, and the logs of exp(scale s)'s. */
+CLONES static void weigh(int64_t rows, int64_t before, int64_t stop, float scale, float *s, int64_t wide, float *all,
+                         float *log_sum) {
+  const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const vec nothing = (vec){0} - INFINITY;
+  for (int64_t i = 0; i < rows; i++, s += wide) {
+    const int64_t whole = (before + i) / 8 * 8; /* the last eight hold the last that is seen */
+    vec top = pick(lanes > (int32_t)(before + i - whole), nothing, *(vec *)(s + whole));
+    *(vec *)(s + whole) = top;
+    for (int64_t j = 0; j < whole; j += 8) {
+      const vec one = *(vec *)(s + j);
+      top = pick(one > top, one, top);
+    }
+    float most = top[0];
+    for (int k = 1; k < 8; k++) most = top[k] > most ? top[k] : most;
+    vec sum = {0};
+    for (int64_t j = 0; j <= whole; j += 8) {
+      const vec one = exp_of((*(vec *)(s + j) - most) * scale);
+      *(vec *)(s + j) = one;
+      sum += one;
+    }
+    for (int64_t j = whole + 8; j < stop; j += 8) *(vec *)(s + j) = (vec){0};
+    all[i] = sum_of(sum);
+    log_sum[i] = most * scale + logf(all[i]);
+  }
+}
+
+/* w = exp(scale s - log_sum) in place of s, and w o (d - through) scale of d; 0 after what row i sees. */
+CLONES static void weigh_back(int64_t rows, int64_t before, int64_t stop, float scale, const float *log_sum, const float *through,
+                              float *s, float *d, int64_t wide) {
+  const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  for (int64_t i = 0; i < rows; i++, s += wide, d += wide) {
+    const int64_t whole = (before + i) / 8 * 8;
+    const ints seen = lanes <= (int32_t)(before + i - whole);
+    for (int64_t j = 0; j <= whole; j += 8) {
+      const vec w = exp_of(*(vec *)(s + j) * scale - log_sum[i]);
+      *(vec *)(s + j) = w;
+      *(vec *)(d + j) = w * (*(vec *)(d + j) - through[i]) * scale;
+    }
+    *(vec *)(s + whole) = (vec)(seen & *(ints *)(s + whole));
+    *(vec *)(d + whole) = (vec)(seen & *(ints *)(d + whole));
+    for (int64_t j = whole + 8; j < stop; j += 8) *(vec *)(s + j) = *(vec *)(d + j) = (vec){0};
+  }
+}
+
+CLONES static void divide(int64_t n, float by, float *x) {
+  const float times = 1.0f / by;
+  for (int64_t i = 0; i < n; i += 8) *(vec *)(x + i) *= times;
+}
+
+CLONES static float dot(int64_t n, const float *x, const float *y) {
+  vec sum = {0};
+  for (int64_t i = 0; i < n; i += 8) sum += *(const vec *)(x + i) * *(const vec *)(y + i);
+  return sum_of(sum);
+}
+
+/* Columns to compute of packed keys: whole panels, or what there is. */
+INLINE int64_t covering(int64_t stop, int64_t length) { return least(padded(stop), length); }
+
+/* Room that attention needs: keys and values packed both ways, blocks of scores and of their slopes, and of queries. */
+static int64_t attention_room(const layer *l) {
+  return padded(l->length) * (3 * l->head + 2 * PAST) + 2 * PAST * padded(l->head);
+}
+
+/* softmax(scale q k^T) v of `l->heads / l->key_heads` heads; q, k and v of one text lie among its qkv. */
+static void attend(const layer *l, const float *q, const float *k, const float *v, float *read, float *sums, float *work) {
+  const int64_t length = l->length, head = l->head, wide = padded(length), group = l->heads / l->key_heads;
+  const int64_t stride = (l->heads + 2 * l->key_heads) * head, along = l->heads * head;
+  float *keys = work, *values = keys + wide * head, *scores = values + wide * head, all[PAST];
+  pack_turned(head, length, k, stride, keys);
+  pack(length, head, v, stride, values);
+  for (int64_t h = 0; h < group; h++, q += head, read += head, sums += length)
+    for (int64_t begin = 0; begin < length; begin += PAST) {
+      const int64_t rows = least(PAST, length - begin), stop = begin + rows;
+      float *to = read + begin * along;
+      product(rows, covering(stop, length), head, q + begin * stride, stride, 1, keys, head, scores, wide, 0);
+      weigh(rows, begin, stop, l->scale, scores, wide, all, sums + begin);
+      product(rows, head, stop, scores, wide, 1, values, length, to, along, 0);
+      for (int64_t i = 0; i < rows; i++) divide(head, all[i], to + i * along);
+    }
+}
+
+/* With w the weights and r what was read: dv = w^T dr, ds = w o (dr v^T - rowsum(dr o r)), dq = ds k scale, dk = ds^T q scale
+   (Dao et al. 2022, appendix B.2). The slopes of keys and values are added to. */
+static void attend_back(const layer *l, const float *q, const float *k, const float *v, const float *read, const float *slope,
+                        const float *sums, float *dq, float *dk, float *dv, float *work) {
+  const int64_t length = l->length, head = l->head, wide = padded(length), group = l->heads / l->key_heads;
+  const int64_t stride = (l->heads + 2 * l->key_heads) * head, along = l->heads * head;
+  float *keys = work, *values = keys + wide * head, *rows_of_keys = values + wide * head;
+  float *scores = rows_of_keys + wide * head, *d = scores + PAST * wide, *own = d + PAST * wide, through[PAST];
+  pack_turned(head, length, k, stride, keys);
+  pack_turned(head, length, v, stride, values);
+  pack(length, head, k, stride, rows_of_keys);
+  for (int64_t h = 0; h < group; h++, q += head, dq += head, read += head, slope += head, sums += length)
+    for (int64_t begin = 0; begin < length; begin += PAST) {
+      const int64_t rows = least(PAST, length - begin), stop = begin + rows, wanted = covering(stop, length);
+      const float *from = q + begin * stride, *down = slope + begin * along;
+      product(rows, wanted, head, from, stride, 1, keys, head, scores, wide, 0);
+      product(rows, wanted, head, down, along, 1, values, head, d, wide, 0);
+      for (int64_t i = 0; i < rows; i++) through[i] = dot(head, down + i * along, read + (begin + i) * along);
+      weigh_back(rows, begin, stop, l->scale, sums + begin, through, scores, d, wide);
+      product(rows, head, stop, d, wide, 1, rows_of_keys, length, dq + begin * stride, stride, 0);
+      pack(rows, head, from, stride, own);
+      product(stop, head, rows, d, 1, wide, own, rows, dk, stride, 1);
+      pack(rows, head, down, along, own);
+      product(stop, head, rows, scores, 1, wide, own, rows, dv, stride, 1);
+    }
+}
+
+/* ---- the layer */
+
+INLINE float *take(float **room, int64_t count) {
+  float *found = *room;
+  *room += padded(count);
+  return found;
+}
+
+INLINE int64_t even(int64_t n) { return (n + 7) / 8 * 8; }
+
+/* Numbers that `work` must hold, there or back. */
+EXPORT int64_t layer_work(const layer *l) {
+  const int64_t queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = padded(l->hidden), width = padded(l->width);
+  const int64_t weights = width * (2 * padded(queries) + 2 * padded(keys) + 3 * hidden);
+  const int64_t tile = TILE * (3 * width + 6 * hidden + padded(queries));
+  const int64_t text = l->length * (padded(queries) + padded(queries + 2 * keys));
+  return weights + tile + text + attention_room(l) + 1024;
+}
+
+/* The checksum of this file, as who compiled it says. */
+EXPORT int64_t layers_source(void) { return SOURCE; }
+
+/* exp of n numbers, a multiple of 8, as the functions above take it. */
+CLONES static void exponential(int64_t n, const float *x, float *y) {
+  for (int64_t i = 0; i < n; i += 8) *(vec *)(y + i) = exp_of(*(const vec *)(x + i));
+}
+EXPORT void layer_exponential(int64_t n, const float *x, float *y) { exponential(n, x, y); }
+
+/* C[rows, out] (+)= x W^T + b, the weight packed. */
+static void apply(const linear *w, int64_t rows, int64_t in, int64_t out, int64_t filled, const float *x, int64_t stride,
+                  const float *packed, float *c, int64_t dc, int add) {
+  product(rows, filled, in, x, stride, 1, packed, in, c, dc, add);
+  add_bias(rows, out, w->bias, c, dc);
+}
+
+/* The weight's gradient += slope^T x and the bias's += its sum; x is packed here, in `room`. */
+static void learn(const linear *w, int64_t rows, int64_t in, int64_t out, const float *slope, int64_t ds, const float *packed) {
+  if (w->weight_gradient) product(out, in, rows, slope, 1, ds, packed, rows, w->weight_gradient, in, 1);
+  sum_rows(rows, out, slope, ds, w->bias_gradient);
+}
+
+EXPORT void layer_forward(const layer *l) {
+  const int64_t length = l->length, width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head;
+  const int64_t stride = queries + 2 * keys, hidden = even(l->hidden), group = l->heads / l->key_heads;
+  float *room = l->work;
+  float *query = take(&room, width * padded(queries)), *key = take(&room, width * padded(keys));
+  float *value = take(&room, width * padded(keys)), *out = take(&room, queries * padded(width));
+  float *gates = take(&room, width * padded(hidden)), *ups = take(&room, width * padded(hidden));
+  float *down = take(&room, hidden * padded(width));
+  float *n = take(&room, TILE * width), *act = take(&room, TILE * hidden);
+  pack_turned(width, queries, l->query.weight, width, query);
+  pack_turned(width, keys, l->key.weight, width, key);
+  pack_turned(width, keys, l->value.weight, width, value);
+  pack_turned(queries, width, l->out.weight, queries, out);
+  pack_turned(width, l->hidden, l->gate.weight, width, gates);
+  pack_turned(width, l->hidden, l->up.weight, width, ups);
+  pack_turned(l->hidden, width, l->down.weight, l->hidden, down);
+  for (int64_t text = 0; text < l->texts; text++) {
+    const int64_t first = text * length, kept = l->keep ? first : 0;
+    float *qkv = l->qkv + kept * stride, *read = l->read + kept * queries;
+    for (int64_t i = 0; i < length; i += TILE) {
+      const int64_t rows = least(TILE, length - i), at = text * l->turning + i * l->head;
+      float *own = qkv + i * stride;
+      norm(rows, width, l->first_eps, l->x + (first + i) * width, l->first_norm, n);
+      apply(&l->query, rows, width, queries, queries, n, width, query, own, stride, 0);
+      apply(&l->key, rows, width, keys, keys, n, width, key, own + queries, stride, 0);
+      apply(&l->value, rows, width, keys, keys, n, width, value, own + queries + keys, stride, 0);
+      turn_forth(rows, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, own, stride);
+    }
+    for (int64_t h = 0; h < l->key_heads; h++)
+      attend(l, qkv + h * group * l->head, qkv + queries + h * l->head, qkv + queries + keys + h * l->head,
+             read + h * group * l->head, l->sums + (l->keep ? text : 0) * l->heads * length + h * group * length, room);
+    for (int64_t i = 0; i < length; i += TILE) {
+      const int64_t rows = least(TILE, length - i);
+      float *h = l->h + (kept + i) * width, *gate_up = l->gate_up + (kept + (l->keep ? i : 0)) * 2 * hidden;
+      float *y = l->y + (first + i) * width;
+      memcpy(h, l->x + (first + i) * width, sizeof(float) * rows * width);
+      apply(&l->out, rows, queries, width, width, read + i * queries, queries, out, h, width, 1);
+      norm(rows, width, l->second_eps, h, l->second_norm, n);
+      apply(&l->gate, rows, width, l->hidden, hidden, n, width, gates, gate_up, 2 * hidden, 0);
+      apply(&l->up, rows, width, l->hidden, hidden, n, width, ups, gate_up + hidden, 2 * hidden, 0);
+      gate(rows, hidden, gate_up, act);
+      memcpy(y, h, sizeof(float) * rows * width);
+      apply(&l->down, rows, l->hidden, width, width, act, hidden, down, y, width, 1);
+    }
+  }
+}
+
+/* Slopes of y, [texts, length, width], to slopes of x, and gradients of the weights. */
+EXPORT void layer_backward(const layer *l, const float *slope, float *x_slope) {
+  const int64_t length = l->length, width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head;
+  const int64_t stride = queries + 2 * keys, hidden = even(l->hidden), group = l->heads / l->key_heads;
+  float *room = l->work;
+  float *query = take(&room, width * padded(queries)), *key = take(&room, width * padded(keys));
+  float *value = take(&room, width * padded(keys)), *out = take(&room, queries * padded(width));
+  float *gates = take(&room, width * padded(hidden)), *ups = take(&room, width * padded(hidden));
+  float *down = take(&room, hidden * padded(width));
+  const int64_t widest = hidden > queries ? hidden : queries;
+  float *n = take(&room, TILE * width), *packed = take(&room, TILE * padded(widest > width ? widest : width));
+  float *act = take(&room, TILE * hidden), *d = take(&room, TILE * (hidden > width ? hidden : width));
+  float *both = take(&room, TILE * 2 * hidden);
+  float *read_slope = take(&room, length * queries), *qkv_slope = take(&room, length * stride);
+  pack(queries, width, l->query.weight, width, query);
+  pack(keys, width, l->key.weight, width, key);
+  pack(keys, width, l->value.weight, width, value);
+  pack(width, queries, l->out.weight, queries, out);
+  pack(l->hidden, width, l->gate.weight, width, gates);
+  pack(l->hidden, width, l->up.weight, width, ups);
+  pack(width, l->hidden, l->down.weight, l->hidden, down);
+  for (int64_t text = 0; text < l->texts; text++) {
+    const int64_t first = text * length;
+    const float *qkv = l->qkv + first * stride, *read = l->read + first * queries;
+    for (int64_t i = 0; i < length; i += TILE) {
+      const int64_t rows = least(TILE, length - i);
+      const float *h = l->h + (first + i) * width, *gate_up = l->gate_up + (first + i) * 2 * hidden;
+      const float *from = slope + (first + i) * width;
+      float *dh = x_slope + (first + i) * width;
+      product(rows, hidden, width, from, width, 1, down, width, d, hidden, 0);
+      gate_back(rows, hidden, gate_up, d, act, both);
+      pack(rows, l->hidden, act, hidden, packed);
+      learn(&l->down, rows, l->hidden, width, from, width, packed);
+      norm(rows, width, l->second_eps, h, l->second_norm, n);
+      pack(rows, width, n, width, packed);
+      learn(&l->gate, rows, width, l->hidden, both, 2 * hidden, packed);
+      learn(&l->up, rows, width, l->hidden, both + hidden, 2 * hidden, packed);
+      product(rows, width, l->hidden, both, 2 * hidden, 1, gates, l->hidden, d, width, 0);
+      product(rows, width, l->hidden, both + hidden, 2 * hidden, 1, ups, l->hidden, d, width, 1);
+      memcpy(dh, from, sizeof(float) * rows * width);
+      norm_back(rows, width, l->second_eps, h, l->second_norm, d, dh, l->second_gradient);
+      product(rows, queries, width, dh, width, 1, out, width, read_slope + i * queries, queries, 0);
+      pack(rows, queries, read + i * queries, queries, packed);
+      learn(&l->out, rows, queries, width, dh, width, packed);
+    }
+    for (int64_t i = 0; i < length; i++) memset(qkv_slope + i * stride + queries, 0, sizeof(float) * 2 * keys);
+    for (int64_t h = 0; h < l->key_heads; h++) {
+      const int64_t of_query = h * group * l->head, of_key = queries + h * l->head, of_value = queries + keys + h * l->head;
+      attend_back(l, qkv + of_query, qkv + of_key, qkv + of_value, read + of_query, read_slope + of_query,
+                  l->sums + (text * l->heads + h * group) * length, qkv_slope + of_query, qkv_slope + of_key,
+                  qkv_slope + of_value, room);
+    }
+    for (int64_t i = 0; i < length; i += TILE) {
+      const int64_t rows = least(TILE, length - i), at = text * l->turning + i * l->head;
+      const float *x = l->x + (first + i) * width;
+      float *own = qkv_slope + i * stride;
+      turn_back(rows, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, own, stride);
+      norm(rows, width, l->first_eps, x, l->first_norm, n);
+      pack(rows, width, n, width, packed);
+      learn(&l->query, rows, width, queries, own, stride, packed);
+      learn(&l->key, rows, width, keys, own + queries, stride, packed);
+      learn(&l->value, rows, width, keys, own + queries + keys, stride, packed);
+      product(rows, width, queries, own, stride, 1, query, queries, d, width, 0);
+      product(rows, width, keys, own + queries, stride, 1, key, keys, d, width, 1);
+      product(rows, width, keys, own + queries + keys, stride, 1, value, keys, d, width, 1);
+      norm_back(rows, width, l->first_eps, x, l->first_norm, d, x_slope + (first + i) * width, l->first_gradient);
+    }
+  }
+}

@@ -1,0 +1,177 @@
+"""Which layers of a model run compiled: those that are built as a Llama layer is, and answer as the compiled one does.
+
+Such a layer becomes one of a class derived from its own, as FSDP2 does it, so that what transformers does around a layer
+stays as it is. It is looked at anew in every call: masks, caches, adapters, half precision, autocast, dropout, another
+attention, a GPU or whatever else is not served goes to the layer's own ``forward``, which is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bridle.language import layers
+from bridle.language.layers import Shape, decoder_layer
+from bridle.random import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["plainly", "quicken"]
+
+_WIDEST = 256
+"""Wider layers are left to PyTorch: at 288 a pass there and back takes as long (docs/LOG.md)."""
+_TOLERANCE = 1e-4
+"""How far a layer's answer to drawn tokens may be from the compiled one's, relative to the largest number it adds."""
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What a layer may raise that is asked otherwise than its model asks it."""
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+_CAUSAL = ("sdpa", "bridle_narrow")
+"""Attention that is told by the absence of a mask that it is causal."""
+_IGNORED = {"position_embeddings", "position_ids", "use_cache"}
+
+
+def quicken(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model's layers run compiled where they can, and return it."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in model.modules() if layers.library is not None else ():
+        if isinstance(layer, GradientCheckpointingLayer) and _agrees(layer):
+            layer.__class__ = _compiled(type(layer))  # type: ignore[arg-type]
+    return model
+
+
+def plainly(model: PreTrainedModel) -> PreTrainedModel:
+    """Let all of a model's layers run as they are, and return it: what must equal another to the bit has to run as it does."""
+    for layer in model.modules():
+        if isinstance(layer, _Quick):
+            layer.__class__ = type(layer).__mro__[2]
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A layer taken apart."""
+
+    shape: Shape
+    head: int
+    weights: list[Tensor | None]
+
+
+class _Quick:
+    """Marks layers that run compiled where they can."""
+
+
+@cache
+def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
+    """Derive the class of a layer that runs compiled where it is served, and as it is elsewhere."""
+
+    class Compiled(_Quick, kind):  # type: ignore[valid-type, misc]
+        def forward(self, hidden_states: Tensor, *more: Any, **given: Any) -> Any:
+            parts = None if more else _served(self, hidden_states, given)
+            if parts is None:
+                return super().forward(hidden_states, *more, **given)
+            cosine, sine = given["position_embeddings"]
+            return decoder_layer(parts.shape, hidden_states, cosine, sine, parts.weights)
+
+    Compiled.__name__, Compiled.__qualname__ = kind.__name__, kind.__qualname__
+    return Compiled
+
+
+def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | None:
+    """Return the parts of a layer that is asked for what is compiled, in a form that is; else None."""
+    if any(value is not None and value is not False and name not in _IGNORED for name, value in given.items()):
+        return None
+    if not _plain(x) or x.numel() == 0 or layers.library is None or torch.is_autocast_enabled("cpu"):
+        return None
+    parts = _parts(layer)
+    turned = given.get("position_embeddings")
+    if parts is None or turned is None:
+        return None
+    shapes = ((len(x), x.shape[1], parts.head), (1, x.shape[1], parts.head))
+    return parts if all(_plain(one) and tuple(one.shape) in shapes for one in turned) else None
+
+
+def _parts(layer: nn.Module) -> _Parts | None:
+    """Take a layer apart; None unless it is in all that can be seen a Llama layer that can run compiled."""
+    children = dict(layer.named_children())
+    if children.keys() != {*_LINEARS, *_NORMS}:
+        return None
+    attention, norms = cast("Any", children["self_attn"]), [cast("Any", children[name]) for name in _NORMS]
+    linears = _linears(children)
+    eps: list[Any] = [getattr(norm, "variance_epsilon", None) for norm in norms]
+    if linears is None or None in eps or any(list(norm._parameters) != ["weight"] for norm in norms):
+        return None
+    weights: list[Tensor | None] = [norm.weight for norm in norms]
+    for linear in linears:
+        weights += [linear.weight, linear.bias]
+    causal = attention.is_causal and attention.config._attn_implementation in _CAUSAL
+    if (
+        not causal
+        or (layer.training and attention.attention_dropout)
+        or not all(w is None or _plain(w) for w in weights)
+    ):
+        return None
+    inside = (*linears, *norms, *children.values())
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inside):
+        return None
+    width, queries, keys, head = (
+        linears[0].in_features,
+        len(linears[0].weight),
+        len(linears[1].weight),
+        attention.head_dim,
+    )
+    if width % 8 or head % 8 or width > _WIDEST or queries % keys or attention.scaling <= 0:
+        return None
+    shape = Shape(
+        heads=queries // head,
+        key_heads=keys // head,
+        first_eps=eps[0],
+        second_eps=eps[1],
+        scale=attention.scaling,
+    )
+    return _Parts(shape, head, weights)
+
+
+def _linears(children: Mapping[str, nn.Module]) -> list[nn.Linear] | None:
+    """Return the linear layers of attention and gate, as layers.c orders them; None if there are others, or more."""
+    found = [children[part]._modules.get(name) for part, names in _LINEARS.items() for name in names]
+    more = len(children["self_attn"]._modules) > 4 or children["mlp"]._modules.keys() - {*_LINEARS["mlp"], "act_fn"}
+    return None if more or any(type(one) is not nn.Linear for one in found) else cast("list[nn.Linear]", found)
+
+
+def _plain(tensor: Tensor | None) -> bool:
+    """Whether a tensor is an ordinary one of float32 on the CPU."""
+    return (
+        tensor is not None
+        and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
+    )
+
+
+@torch.no_grad()
+def _agrees(layer: nn.Module) -> bool:
+    """Whether a layer answers drawn tokens as the compiled one does: numbers of size one, and small ones, where ε counts."""
+    try:
+        parts = _parts(layer)
+        if parts is None:
+            return False
+        draws = generator(0, "layer-trial")
+        width = cast("Tensor", parts.weights[0]).shape[0]
+        x = torch.from_numpy(draws.standard_normal((2, 5, width))).float() * torch.tensor([1.0, 1e-3]).view(2, 1, 1)
+        angles = torch.from_numpy(draws.standard_normal((1, 5, parts.head // 2))).float().repeat(1, 1, 2)
+        own = layer(x, attention_mask=None, position_embeddings=(angles.cos(), angles.sin()))
+        ours = decoder_layer(parts.shape, x, angles.cos(), angles.sin(), parts.weights)
+    except _FAILURES:
+        return False
+    if type(own) is not Tensor or own.shape != ours.shape:
+        return False
+    wrong, largest = (ours - own).abs().amax((1, 2)), (own - x).abs().amax((1, 2))
+    return bool((wrong <= _TOLERANCE * largest).all())

@@ -1,0 +1,368 @@
+"""Compiled decoder layers: what the formula says in float64, PyTorch's own layers, and what is not served."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bridle.language import layers, quickening
+from bridle.language.attention import attend_narrowly
+from bridle.language.layers import Shape, decoder_layer
+from bridle.language.models import ModelSettings, load_causal_lm, recompute_layers, save_model
+from bridle.language.quickening import plainly, quicken
+from bridle.native.compiling import SOURCES, compile_source, compiled_from
+from tests.language.tiny import byte_tokenizer, tiny_model
+
+Case = tuple[int, int, int, int, int, int, int, bool]
+CASES: list[Case] = [
+    (2, 5, 16, 2, 1, 8, 24, False),  # B, L, W, H, h, D, F, biases
+    (3, 1, 8, 1, 1, 8, 7, True),
+    (1, 53, 40, 6, 3, 16, 52, True),  # longer than a tile, than two blocks of queries
+    (2, 25, 24, 3, 3, 24, 33, False),
+    (1, 121, 16, 4, 1, 8, 19, True),
+    (17, 7, 24, 4, 2, 40, 20, False),
+]
+SHAPE: dict[str, float] = {"first_eps": 1e-5, "second_eps": 1e-3, "scale": 0.6}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """What was compiled on installing, if it is of the present source; else it is compiled here, which takes seconds."""
+    place = tmp_path_factory.mktemp("compiled") / "_layers.so"
+    return layers.load(compiled_from(SOURCES[1])) or compile_source(SOURCES[1], place) or layers.load(place)
+
+
+@pytest.fixture(autouse=True)
+def compiled(library: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(library, str):
+        pytest.skip(f"not compiled: {library}")
+    monkeypatch.setattr(layers, "library", library)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def draw(*shape: int, seed: int, size: float = 1.0) -> Tensor:
+    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(case: Case, *, shared: bool = True) -> tuple[Shape, list[Tensor], list[Tensor | None]]:
+    """The shape; x, cosines and sines; the weights. Float64."""
+    batch, length, width, heads, few, head, hidden, biased = case
+    rows = 1 if shared else batch
+    angles = draw(rows, length, head, seed=1)  # any angle for each number: the formula asks no more
+    weights: list[Tensor | None] = [1 + draw(width, seed=2, size=0.1), 1 + draw(width, seed=3, size=0.1)]
+    sizes = [(heads * head, width), *[(few * head, width)] * 2, (width, heads * head)]
+    for at, size in enumerate([*sizes, (hidden, width), (hidden, width), (width, hidden)]):
+        weights += [draw(*size, seed=10 + at, size=size[1] ** -0.5), draw(size[0], seed=20 + at) if biased else None]
+    shape = Shape(heads=heads, key_heads=few, **SHAPE)
+    return shape, [draw(batch, length, width, seed=4), angles.cos(), angles.sin()], weights
+
+
+def formula(shape: Shape, x: Tensor, cosine: Tensor, sine: Tensor, weights: list[Tensor | None]) -> Tensor:
+    """The layer as its papers write it, a head at a time, in whatever dtype."""
+    w1, w2, *pairs = weights
+    linears = [lambda z, w=w, b=b: nn.functional.linear(z, w, b) for w, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    query, key, value, out, gate, up, down = linears
+    head = cosine.shape[2]
+
+    def norm(z: Tensor, w: Tensor | None, eps: float) -> Tensor:
+        assert w is not None
+        return w * z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def turned(z: Tensor) -> Tensor:
+        first, second = z.chunk(2, -1)
+        return z * cosine + torch.cat([-second, first], -1) * sine
+
+    n, read = norm(x, w1, shape.first_eps), []
+    q, k, v = query(n), key(n), value(n)
+    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    for h in range(shape.heads):
+        own, its = slice(h * head, (h + 1) * head), h * shape.key_heads // shape.heads
+        theirs = slice(its * head, (its + 1) * head)
+        scores = shape.scale * turned(q[..., own]) @ turned(k[..., theirs]).transpose(1, 2)
+        read.append(torch.softmax(scores.masked_fill(future, -math.inf), -1) @ v[..., theirs])
+    h = x + out(torch.cat(read, -1))
+    m = norm(h, w2, shape.second_eps)
+    return h + down(gate(m) * torch.sigmoid(gate(m)) * up(m))
+
+
+def gradients(layer: Any, case: Case, dtype: torch.dtype, *, shared: bool = True) -> tuple[Tensor, list[Tensor]]:
+    """A layer's answer, and the gradient of a sum of it that weighs each number differently: of x, and of every weight."""
+    shape, (x, cosine, sine), weights = inputs(case, shared=shared)
+    x, cosine, sine = x.to(dtype).requires_grad_(), cosine.to(dtype), sine.to(dtype)
+    own = [None if w is None else w.to(dtype).requires_grad_() for w in weights]
+    y = layer(shape, x, cosine, sine, own)
+    (y * draw(*y.shape, seed=5).to(dtype)).sum().backward()
+    return y.detach(), [t.grad for t in (x, *own) if t is not None and t.grad is not None]
+
+
+def test_the_formula_has_the_gradient_of_finite_differences() -> None:
+    shape, (x, cosine, sine), weights = inputs((1, 3, 8, 2, 1, 8, 3, True))
+    held = [w.requires_grad_() for w in weights if w is not None]
+    assert torch.autograd.gradcheck(lambda x, *w: formula(shape, x, cosine, sine, list(w)), (x.requires_grad_(), *held))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_there_and_back_is_the_formula_in_float64(case: Case, threads: int) -> None:
+    y, slopes = gradients(decoder_layer, case, torch.float32)
+    exact, exact_slopes = gradients(formula, case, torch.float64)
+    assert (y - exact).abs().max() <= 2e-6 * exact.abs().max()
+    assert len(slopes) == len(exact_slopes)
+    for slope, expected in zip(slopes, exact_slopes, strict=True):
+        assert (slope - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-6
+
+
+def test_texts_may_stand_at_places_of_their_own(threads: int) -> None:
+    y, slopes = gradients(decoder_layer, CASES[0], torch.float32, shared=False)
+    exact, exact_slopes = gradients(formula, CASES[0], torch.float64, shared=False)
+    torch.testing.assert_close(y, exact.float(), rtol=1e-5, atol=1e-5)
+    for slope, expected in zip(slopes, exact_slopes, strict=True):
+        torch.testing.assert_close(slope, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_without_a_gradient_is_the_same_to_the_bit(threads: int) -> None:
+    shape, given, weights = inputs(CASES[5])
+    single = [None if w is None else w.float() for w in weights]
+    x, cosine, sine = (t.float() for t in given)
+    alone = decoder_layer(shape, x, cosine, sine, single)
+    assert torch.equal(alone, decoder_layer(shape, x.requires_grad_(), cosine, sine, single).detach())
+
+
+def test_the_same_twice_is_the_same_to_the_bit(threads: int) -> None:
+    first, second = (gradients(decoder_layer, CASES[5], torch.float32) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_a_text_does_not_depend_on_its_company_or_on_what_comes_after() -> None:
+    shape, given, weights = inputs(CASES[3])
+    x, cosine, sine = (t.float() for t in given)
+    single = [None if w is None else w.float() for w in weights]
+    whole = decoder_layer(shape, x, cosine, sine, single)
+    assert torch.equal(decoder_layer(shape, x[1:], cosine, sine, single), whole[1:])
+    cut = decoder_layer(shape, x[:, :9], cosine[:, :9], sine[:, :9], single)
+    torch.testing.assert_close(cut, whole[:, :9], rtol=1e-6, atol=1e-6)
+
+
+def test_only_what_learns_gets_a_gradient() -> None:
+    shape, given, weights = inputs(CASES[1])
+    x, cosine, sine = (t.float() for t in given)
+    single = [None if w is None else w.float().requires_grad_(at % 3 == 0) for at, w in enumerate(weights)]
+    decoder_layer(shape, x, cosine, sine, single).sum().backward()
+    assert [w is not None and w.grad is not None for w in single] == [at % 3 == 0 for at in range(16)]
+    whole = [None if w is None else w.detach().requires_grad_() for w in single]
+    decoder_layer(shape, x, cosine, sine, whole).sum().backward()
+    for some, every in zip(single, whole, strict=True):
+        if some is not None and some.grad is not None:
+            assert every is not None
+            assert every.grad is not None
+            assert torch.equal(some.grad, every.grad)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["x", 0, 1, 2, 4, 6, 8, 10, 12, 14])
+def test_what_is_not_finite_is_still_seen(wrong: float, place: str | int) -> None:
+    shape, given, weights = inputs(CASES[0])
+    x, cosine, sine = (t.float() for t in given)
+    single = [None if w is None else w.float() for w in weights]
+    spoilt = x if place == "x" else single[int(place)]
+    assert spoilt is not None
+    spoilt.view(-1)[3] = wrong
+    y = decoder_layer(shape, x, cosine, sine, single)
+    assert not bool(y.isfinite().all())
+    assert place != "x" or bool(y[1].isfinite().all())
+
+
+def test_a_slope_that_is_not_finite_is_still_seen() -> None:
+    shape, given, weights = inputs(CASES[0])
+    x, cosine, sine = (t.float() for t in given)
+    single = [None if w is None else w.float().requires_grad_() for w in weights]
+    slope = torch.zeros_like(x)
+    slope[1, 4, 2] = math.nan
+    decoder_layer(shape, x.requires_grad_(), cosine, sine, single).backward(slope)
+    assert x.grad is not None
+    assert bool(x.grad[0].isfinite().all())
+    assert not any(bool(t.grad.isfinite().all()) for t in (x, *single) if t is not None and t.grad is not None)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    shape, given, weights = inputs(CASES[0])
+    for at in (2, 4):
+        weight = weights[at]
+        assert weight is not None
+        weight.mul_(100.0)
+    exact = formula(shape, *given, weights)
+    single = [None if w is None else w.float() for w in weights]
+    found = decoder_layer(shape, *(t.float() for t in given), single)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-3, atol=1e-3)
+
+
+def exponential(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    layers.library.layer_exponential(ctypes.c_int64(len(x)), x.data_ptr(), y.data_ptr())
+    return y
+
+
+def test_the_exponential_is_within_its_bound() -> None:
+    x = torch.cat([torch.linspace(-86.9, 0.0, 200_000), torch.linspace(-1, 0, 200_000)])
+    exact = x.double().exp()
+    assert ((exponential(x) - exact).abs() / exact).max() <= 2e-7
+    ends = torch.tensor([0.0, -0.0, -87.1, -1e30, -math.inf, math.nan, -math.nan, -1.0])
+    found = exponential(ends)
+    assert found[:5].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert found[5:7].isnan().all()
+
+
+def quick(family: str, **changes: Any) -> tuple[Any, Any]:
+    """A model with heads of eight, and the same with its layers compiled where they can be."""
+    model = tiny_model(family, **{"hidden_size": 32, "num_attention_heads": 4, **changes})
+    return model, quicken(copy.deepcopy(model))
+
+
+def compiled_layers(model: Any) -> list[bool]:
+    return [isinstance(layer, quickening._Quick) for layer in model.base_model.layers]
+
+
+def answers(model: Any, ids: Tensor, **more: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradient of a sum of them that weighs each differently."""
+    logits = model(input_ids=ids, use_cache=False, **more).logits
+    (logits * draw(*logits.shape, seed=7).float()).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("family", "served"),
+    [
+        ("llama", True),
+        ("qwen2", True),
+        ("mistral", True),
+        ("qwen3", False),  # norms of queries and keys
+        ("gemma2", False),
+        ("granite", False),  # the same parts, but what is added is scaled: the trial sees it
+        ("cohere", False),
+        ("olmo2", False),
+        ("gpt2", False),
+    ],
+)
+def test_a_whole_model_answers_and_learns_the_same(family: str, served: bool) -> None:
+    model, own = quick(family)
+    if family != "gpt2":
+        assert compiled_layers(own) == [served] * 2
+    ids = torch.arange(1, 31).view(5, 6)  # mistral's window is 6 tokens
+    (logits, slopes), (found, own_slopes) = answers(model, ids), answers(own, ids)
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+    assert slopes.keys() == own_slopes.keys()
+    for name, slope in slopes.items():
+        torch.testing.assert_close(own_slopes[name], slope, rtol=1e-4, atol=1e-4 * float(slope.abs().max()))
+
+
+@pytest.mark.parametrize("changes", [{"rms_norm_eps": 1e-2}, {"hidden_act": "gelu"}, {"attention_bias": True}])
+def test_what_a_layer_is_made_of_is_read_or_seen(changes: dict[str, Any]) -> None:
+    model, own = quick("llama", **changes)
+    assert compiled_layers(own) == ["hidden_act" not in changes] * 2
+    ids = torch.arange(1, 13).view(2, 6)
+    torch.testing.assert_close(answers(own, ids)[0], answers(model, ids)[0], rtol=1e-5, atol=1e-5)
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fill with one entry for every layer that runs compiled."""
+    seen: list[int] = []
+
+    def noted(*given: Any) -> Tensor:
+        seen.append(1)
+        return decoder_layer(*given)
+
+    monkeypatch.setattr(quickening, "decoder_layer", noted)
+    return seen
+
+
+def test_what_is_not_served_goes_to_the_layer_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, own), long = quick("llama"), quick("mistral")[1]
+    ids, seen = torch.arange(1, 13).view(2, 6), calls(monkeypatch)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids, attention_mask=mask).logits[1], model(ids, attention_mask=mask).logits[1])
+        torch.testing.assert_close(own(ids, use_cache=True).logits, model(ids).logits)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            own(ids, use_cache=False)
+        copy.deepcopy(own).double()(ids, use_cache=False)
+        copy.deepcopy(own).bfloat16()(ids, use_cache=False)
+        eager = copy.deepcopy(own)
+        eager.set_attn_implementation("eager")
+        eager(ids, use_cache=False)
+        long(torch.arange(1, 9)[None], use_cache=False)  # beyond its window of 6
+    assert not seen
+    hooked = copy.deepcopy(own)
+    handle = hooked.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *given: None)
+    hooked(ids, use_cache=False)
+    assert len(seen) == 1
+    handle.remove()
+    hooked(ids, use_cache=False)
+    assert len(seen) == 3
+    hooked.model.layers[1].self_attn.q_proj = nn.Sequential(hooked.model.layers[1].self_attn.q_proj)
+    torch.testing.assert_close(hooked(ids, use_cache=False).logits, model(ids).logits)
+    assert len(seen) == 4
+
+
+def test_layers_may_be_run_again_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, own = quick("llama")
+    ids, seen = torch.arange(1, 13).view(2, 6), calls(monkeypatch)
+    expected = answers(own, ids)[1]
+    own.zero_grad()
+    recompute_layers(own)
+    own.train()
+    found = answers(own, ids)[1]
+    assert len(seen) == 2 + 4
+    assert all(torch.equal(slope, expected[name]) for name, slope in found.items())
+
+
+def test_a_models_folder_knows_nothing_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = tiny_model("llama", hidden_size=32, num_attention_heads=4, vocab_size=260)
+    save_model(folder, model, byte_tokenizer())
+    loaded = load_causal_lm(ModelSettings(path=str(folder)))[0]
+    assert compiled_layers(loaded) == [True, True]
+    save_model(tmp_path / "again", loaded, byte_tokenizer())
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads(
+        (folder / "config.json").read_text()
+    )
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_layers_can_run_as_they_are_again() -> None:
+    model, own = quick("llama")
+    assert [type(layer) for layer in plainly(own).model.layers] == [type(layer) for layer in model.model.layers]
+    ids = torch.arange(1, 13).view(2, 6)
+    assert torch.equal(own(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_narrow_heads_and_compiled_layers_agree() -> None:
+    model, own = quick("llama")
+    attend_narrowly(model)
+    ids = torch.arange(1, 91).view(1, 90) % 96
+    torch.testing.assert_close(answers(own, ids)[0], answers(model, ids)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_texts_come_back_as_none() -> None:
+    shape, given, weights = inputs(CASES[0])
+    x, cosine, sine = (t.float() for t in given)
+    single = [None if w is None else w.float().requires_grad_() for w in weights]
+    y = decoder_layer(shape, x[:0].requires_grad_(), cosine, sine, single)
+    y.sum().backward()
+    assert y.shape == (0, *x.shape[1:])
