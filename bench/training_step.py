@@ -84,7 +84,8 @@ class Step:
         self.policy = LanguagePolicy(
             actor, critic, temperature=1.0, reference=self.reference, compute_dtype=getattr(torch, options.dtype)
         ).eval()
-        self.scorer = RewardModelScorer(judge_of(network))
+        judge = judge_of(network)
+        self.scorer = RewardModelScorer(judge if options.plain else quicken(judge))
         self.sampler = embedded_sampler(
             actor, (), value_head=critic if options.critic == "trunk" else None, computing=self.policy.computing
         )

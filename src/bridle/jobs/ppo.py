@@ -29,6 +29,7 @@ from bridle.language.memory import MemoryEstimate, estimate_memory, require_memo
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
 from bridle.language.prompts import DemonstrationMix, MixSettings
+from bridle.language.quickening import speed_notes
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.sampler import SamplingSettings
@@ -273,6 +274,7 @@ def _open(config: PPOConfig) -> _World:
         decode=lambda ids: str(roles.tokenizer.decode(ids, skip_special_tokens=True)),
         notes=(
             *tokenizer_notes(roles.tokenizer),
+            *speed_notes(roles.policy.actor.model),
             *asked.notes,
             *(() if asked.mix is None else asked.mix.notes),
             *warnings,

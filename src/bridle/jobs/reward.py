@@ -31,6 +31,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
+from bridle.language.quickening import speed_notes
 from bridle.language.reward_evaluation import Quality, judge_quality, length_rule
 from bridle.language.reward_model import (
     LossSettings,
@@ -257,7 +258,7 @@ def _open(config: RewardConfig) -> World:
     opened = open_model(config, device)
     described.require_like(opened.model, opened.tokenizer)
     first = Learner.of(config, opened, phases[0].steps)
-    notes = (*tokenizer_notes(opened.tokenizer), *notes)
+    notes = (*tokenizer_notes(opened.tokenizer), *speed_notes(opened.model), *notes)
     return World(config=config, comparisons=comparisons, phases=phases, notes=notes, learner=first)
 
 

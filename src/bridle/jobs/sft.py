@@ -30,6 +30,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
+from bridle.language.quickening import speed_notes
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.shadow import masters_of
 from bridle.learn.masters import Masters
@@ -247,7 +248,12 @@ def _open(config: SFTConfig) -> _World:
         context=described.context,
         adapted=adapted,
         masters=masters_of([network.base_model], dtype),
-        notes=(*tokenizer_notes(tokenizer), *notes, *(() if model.warning is None else (model.warning,))),
+        notes=(
+            *tokenizer_notes(tokenizer),
+            *speed_notes(model.model),
+            *notes,
+            *(() if model.warning is None else (model.warning,)),
+        ),
     )
 
 

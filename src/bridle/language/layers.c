@@ -4,6 +4,7 @@
        h = x + (causal attention of q, k, v) W_o^T,
        y = h + (silu(m W_g^T) o m W_u^T) W_d^T,   m = the same norm of h                     (layer_forward)
        and the chain rule of it, the weights' gradients added to what is there                (layer_backward)
+       and y of one token more in each of some texts, whose keys and values are held          (layer_step)
 
    A text at a time, a few tokens of it at a time, so that what is between x and y stays in the nearest caches. Numbers
    lie row by row. Weights are packed into panels of 16 columns, [depth][16] each, once a call. Nothing is allocated here.
@@ -415,50 +416,145 @@ static void learn(const linear *w, int64_t rows, int64_t in, int64_t out, const 
   sum_rows(rows, out, slope, ds, w->bias_gradient);
 }
 
+/* The weights, packed: of `x W^T`, and what one tile needs beside them. */
+typedef struct {
+  float *query, *key, *value, *out, *gate, *up, *down, *n, *act;
+} panels;
+
+static panels pack_forth(const layer *l, float **room) {
+  const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = even(l->hidden);
+  panels p;
+  p.query = take(room, width * padded(queries)), p.key = take(room, width * padded(keys));
+  p.value = take(room, width * padded(keys)), p.out = take(room, queries * padded(width));
+  p.gate = take(room, width * padded(hidden)), p.up = take(room, width * padded(hidden));
+  p.down = take(room, hidden * padded(width));
+  p.n = take(room, TILE * width), p.act = take(room, TILE * hidden);
+  pack_turned(width, queries, l->query.weight, width, p.query);
+  pack_turned(width, keys, l->key.weight, width, p.key);
+  pack_turned(width, keys, l->value.weight, width, p.value);
+  pack_turned(queries, width, l->out.weight, queries, p.out);
+  pack_turned(width, l->hidden, l->gate.weight, width, p.gate);
+  pack_turned(width, l->hidden, l->up.weight, width, p.up);
+  pack_turned(l->hidden, width, l->down.weight, l->hidden, p.down);
+  return p;
+}
+
+/* A tile's queries, keys and values, not turned yet. */
+static void project(const layer *l, const panels *p, int64_t rows, const float *x, float *qkv) {
+  const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, stride = queries + 2 * keys;
+  norm(rows, width, l->first_eps, x, l->first_norm, p->n);
+  apply(&l->query, rows, width, queries, queries, p->n, width, p->query, qkv, stride, 0);
+  apply(&l->key, rows, width, keys, keys, p->n, width, p->key, qkv + queries, stride, 0);
+  apply(&l->value, rows, width, keys, keys, p->n, width, p->value, qkv + queries + keys, stride, 0);
+}
+
+/* A tile from what attention has read to y. */
+static void finish(const layer *l, const panels *p, int64_t rows, const float *x, const float *read, float *h, float *gate_up,
+                   float *y) {
+  const int64_t width = l->width, queries = l->heads * l->head, hidden = even(l->hidden);
+  memcpy(h, x, sizeof(float) * rows * width);
+  apply(&l->out, rows, queries, width, width, read, queries, p->out, h, width, 1);
+  norm(rows, width, l->second_eps, h, l->second_norm, p->n);
+  apply(&l->gate, rows, width, l->hidden, hidden, p->n, width, p->gate, gate_up, 2 * hidden, 0);
+  apply(&l->up, rows, width, l->hidden, hidden, p->n, width, p->up, gate_up + hidden, 2 * hidden, 0);
+  gate(rows, hidden, gate_up, p->act);
+  memcpy(y, h, sizeof(float) * rows * width);
+  apply(&l->down, rows, l->hidden, width, width, p->act, hidden, p->down, y, width, 1);
+}
+
 EXPORT void layer_forward(const layer *l) {
   const int64_t length = l->length, width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head;
   const int64_t stride = queries + 2 * keys, hidden = even(l->hidden), group = l->heads / l->key_heads;
   float *room = l->work;
-  float *query = take(&room, width * padded(queries)), *key = take(&room, width * padded(keys));
-  float *value = take(&room, width * padded(keys)), *out = take(&room, queries * padded(width));
-  float *gates = take(&room, width * padded(hidden)), *ups = take(&room, width * padded(hidden));
-  float *down = take(&room, hidden * padded(width));
-  float *n = take(&room, TILE * width), *act = take(&room, TILE * hidden);
-  pack_turned(width, queries, l->query.weight, width, query);
-  pack_turned(width, keys, l->key.weight, width, key);
-  pack_turned(width, keys, l->value.weight, width, value);
-  pack_turned(queries, width, l->out.weight, queries, out);
-  pack_turned(width, l->hidden, l->gate.weight, width, gates);
-  pack_turned(width, l->hidden, l->up.weight, width, ups);
-  pack_turned(l->hidden, width, l->down.weight, l->hidden, down);
+  const panels p = pack_forth(l, &room);
   for (int64_t text = 0; text < l->texts; text++) {
     const int64_t first = text * length, kept = l->keep ? first : 0;
     float *qkv = l->qkv + kept * stride, *read = l->read + kept * queries;
     for (int64_t i = 0; i < length; i += TILE) {
       const int64_t rows = least(TILE, length - i), at = text * l->turning + i * l->head;
-      float *own = qkv + i * stride;
-      norm(rows, width, l->first_eps, l->x + (first + i) * width, l->first_norm, n);
-      apply(&l->query, rows, width, queries, queries, n, width, query, own, stride, 0);
-      apply(&l->key, rows, width, keys, keys, n, width, key, own + queries, stride, 0);
-      apply(&l->value, rows, width, keys, keys, n, width, value, own + queries + keys, stride, 0);
-      turn_forth(rows, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, own, stride);
+      project(l, &p, rows, l->x + (first + i) * width, qkv + i * stride);
+      turn_forth(rows, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, qkv + i * stride, stride);
     }
     for (int64_t h = 0; h < l->key_heads; h++)
       attend(l, qkv + h * group * l->head, qkv + queries + h * l->head, qkv + queries + keys + h * l->head,
              read + h * group * l->head, l->sums + (l->keep ? text : 0) * l->heads * length + h * group * length, room);
-    for (int64_t i = 0; i < length; i += TILE) {
-      const int64_t rows = least(TILE, length - i);
-      float *h = l->h + (kept + i) * width, *gate_up = l->gate_up + (kept + (l->keep ? i : 0)) * 2 * hidden;
-      float *y = l->y + (first + i) * width;
-      memcpy(h, l->x + (first + i) * width, sizeof(float) * rows * width);
-      apply(&l->out, rows, queries, width, width, read + i * queries, queries, out, h, width, 1);
-      norm(rows, width, l->second_eps, h, l->second_norm, n);
-      apply(&l->gate, rows, width, l->hidden, hidden, n, width, gates, gate_up, 2 * hidden, 0);
-      apply(&l->up, rows, width, l->hidden, hidden, n, width, ups, gate_up + hidden, 2 * hidden, 0);
-      gate(rows, hidden, gate_up, act);
-      memcpy(y, h, sizeof(float) * rows * width);
-      apply(&l->down, rows, l->hidden, width, width, act, hidden, down, y, width, 1);
+    for (int64_t i = 0; i < length; i += TILE)
+      finish(l, &p, least(TILE, length - i), l->x + (first + i) * width, read + i * queries, l->h + (kept + i) * width,
+             l->gate_up + (kept + (l->keep ? i : 0)) * 2 * hidden, l->y + (first + i) * width);
+  }
+}
+
+/* ---- one token more in each of some slots */
+
+/* Of one slot: what its token at `place` reads, its key and value having been put there. Keys lie [head, capacity], values the
+   same or, along, [capacity, head]. `w` holds capacity numbers. */
+CLONES static void recall(int64_t group, int64_t head, int64_t place, int64_t capacity, int across, float scale, const float *q,
+                          const float *keys, const float *values, float *read, float *w) {
+  const int64_t count = place + 1, whole = count / 8 * 8;
+  for (int64_t h = 0; h < group; h++, q += head, read += head) {
+    float most = -INFINITY, all = 0.0f;
+    for (int64_t j = 0; j < whole; j += 8) {
+      vec sum = {0};
+      for (int64_t d = 0; d < head; d++) sum += q[d] * *(const vec *)(keys + d * capacity + j);
+      *(vec *)(w + j) = sum;
     }
+    for (int64_t j = whole; j < count; j++) {
+      float sum = 0.0f;
+      for (int64_t d = 0; d < head; d++) sum += q[d] * keys[d * capacity + j];
+      w[j] = sum;
+    }
+    for (int64_t j = 0; j < count; j++) most = w[j] > most ? w[j] : most;
+    for (int64_t j = count; j % 8; j++) w[j] = -INFINITY;
+    vec sums = {0};
+    for (int64_t j = 0; j < count; j += 8) {
+      const vec one = exp_of((*(vec *)(w + j) - most) * scale);
+      *(vec *)(w + j) = one;
+      sums += one;
+    }
+    all = 1.0f / sum_of(sums);
+    if (across)
+      for (int64_t d = 0; d < head; d++) {
+        const float *own = values + d * capacity;
+        vec sum = {0};
+        float rest = 0.0f;
+        for (int64_t j = 0; j < whole; j += 8) sum += *(const vec *)(w + j) * *(const vec *)(own + j);
+        for (int64_t j = whole; j < count; j++) rest += w[j] * own[j];
+        read[d] = (sum_of(sum) + rest) * all;
+      }
+    else
+      for (int64_t d = 0; d < head; d += 8) {
+        vec sum = {0};
+        for (int64_t j = 0; j < count; j++) sum += w[j] * *(const vec *)(values + j * head + d);
+        *(vec *)(read + d) = sum * all;
+      }
+  }
+}
+
+/* The layer for one token in each of slots 0 ... texts - 1, at `places` of them, over the keys and values that the slots hold:
+   of each slot key_heads [head, capacity], values [capacity, head] unless they lie `across` as keys do. */
+EXPORT void layer_step(const layer *l, float *keys, float *values, int64_t capacity, int64_t across, const int64_t *places) {
+  const int64_t width = l->width, queries = l->heads * l->head, few = l->key_heads * l->head, stride = queries + 2 * few;
+  const int64_t group = l->heads / l->key_heads, head = l->head;
+  float *room = l->work;
+  const panels p = pack_forth(l, &room);
+  for (int64_t i = 0; i < l->texts; i += TILE) {
+    const int64_t rows = least(TILE, l->texts - i);
+    project(l, &p, rows, l->x + i * width, l->qkv);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t slot = i + r, at = slot * l->turning, place = places[slot];
+      float *own = l->qkv + r * stride;
+      turn_forth(1, l->heads + l->key_heads, head, l->cosine + at, l->sine + at, own, stride);
+      for (int64_t h = 0; h < l->key_heads; h++) {
+        float *past = keys + (slot * l->key_heads + h) * head * capacity, *held = values + (slot * l->key_heads + h) * head * capacity;
+        for (int64_t d = 0; d < head; d++) {
+          past[d * capacity + place] = own[queries + h * head + d];
+          held[across ? d * capacity + place : place * head + d] = own[queries + few + h * head + d];
+        }
+        recall(group, head, place, capacity, (int)across, l->scale, own + h * group * head, past, held,
+               l->read + r * queries + h * group * head, room);
+      }
+    }
+    finish(l, &p, rows, l->x + i * width, l->read, l->h, l->gate_up, l->y + i * width);
   }
 }
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
 
-__all__ = ["Shape", "decoder_layer", "library", "load"]
+__all__ = ["Held", "Shape", "decoder_layer", "layer_step", "library", "load"]
 
 _LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
 
@@ -63,6 +63,7 @@ def load(place: Path) -> Any:
         "layer_work": (count, [layer]),
         "layer_forward": (None, [layer]),
         "layer_backward": (None, [layer, at, at]),
+        "layer_step": (None, [layer, at, at, count, count, at]),
         "layer_exponential": (None, [count, at, at]),
     }
     return load_library(place, _SOURCE, functions, "layers_source")
@@ -113,6 +114,32 @@ def decoder_layer(
     return _Pass(shape, given, keep=False).forward()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Keys and values of the texts in some slots, into which a step writes those of one token more."""
+
+    keys: Float[Tensor, "s h D C"]
+    """[s ≥ n, h, D, C], turned already."""
+    values: Tensor
+    """[s, h, C, D]; [s, h, D, C] if ``across``."""
+    across: bool
+    places: Int[Tensor, " n"]
+    """[n] how many tokens slot i holds: where the new one goes, < C."""
+
+
+def layer_step(
+    shape: Shape,
+    x: Float[Tensor, "n 1 W"],
+    cosine: Float[Tensor, "b 1 D"],
+    sine: Float[Tensor, "b 1 D"],
+    weights: Sequence[Tensor | None],
+    held: Held,
+) -> Float[Tensor, "n 1 W"]:
+    """Return :func:`decoder_layer` of one token more in each of slots 0 … n−1, without a gradient; ``held`` is written to."""
+    given = [None if t is None else t.contiguous() for t in (x, cosine, sine, *weights)]
+    return _Pass(shape, given, keep=True, threads=1).step(held)
+
+
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: Shape, *given: Tensor | None) -> Tensor:
@@ -135,7 +162,13 @@ class _Pass:
     """One pass over some texts, in as many parts as there are threads."""
 
     def __init__(
-        self, shape: Shape, given: Sequence[Tensor | None], *, keep: bool, kept: Sequence[Tensor] | None = None
+        self,
+        shape: Shape,
+        given: Sequence[Tensor | None],
+        *,
+        keep: bool,
+        kept: Sequence[Tensor] | None = None,
+        threads: int | None = None,
     ) -> None:
         x, cosine, sine = (cast("Tensor", tensor) for tensor in given[:3])
         self._x, self._weights, self._turned = x, given[3:], (cosine, sine)
@@ -154,7 +187,7 @@ class _Pass:
             second_eps=shape.second_eps,
             scale=shape.scale,
         )
-        self._parts = _shares(texts, torch.get_num_threads())
+        self._parts = _shares(texts, threads or torch.get_num_threads())
         rows = texts if keep else len(self._parts)
         queries = shape.heads * head
         stride, padded = queries + 2 * shape.key_heads * head, -(-hidden // 8) * 8
@@ -166,6 +199,16 @@ class _Pass:
         """Run there; return y."""
         y = torch.empty_like(self._x)
         self._share(lambda at, own: library.layer_forward(own), y, [])
+        return y
+
+    def step(self, held: Held) -> Tensor:
+        """Run there for one token in each slot; return y."""
+        y, capacity = torch.empty_like(self._x), held.keys.shape[3]
+        if not self._parts:
+            return y
+        self._work = [self._x.new_empty(self._work[0].numel() + capacity + 8)]
+        own = self._part(0, self._parts[0], y, [None] * len(self._weights))
+        library.layer_step(own, _at(held.keys), _at(held.values), capacity, held.across, held.places.data_ptr())
         return y
 
     def backward(self, slope: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:

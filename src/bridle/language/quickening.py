@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from bridle.language import layers
-from bridle.language.layers import Shape, decoder_layer
+from bridle.language.layers import Shape, decoder_layer, layer_step
 from bridle.random import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["plainly", "quicken"]
+__all__ = ["plainly", "quicken", "runs_compiled", "speed_notes"]
 
 _WIDEST = 256
 """Wider layers are left to PyTorch: at 288 a pass there and back takes as long (docs/LOG.md)."""
@@ -34,6 +34,8 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _CAUSAL = ("sdpa", "bridle_narrow")
 """Attention that is told by the absence of a mask that it is causal."""
+_SLOTS = "bridle_embedded"
+"""The sampler's, over the keys and values that it holds."""
 _IGNORED = {"position_embeddings", "position_ids", "use_cache"}
 
 
@@ -62,6 +64,21 @@ class _Parts:
     shape: Shape
     head: int
     weights: list[Tensor | None]
+    attention: str
+    """what attention the model's configuration names"""
+
+
+def speed_notes(model: nn.Module) -> tuple[str, ...]:
+    """Say in a line that a model's layers could run compiled and do not, for nothing is compiled; nothing else."""
+    if layers.library is not None or not any(_parts(layer) is not None for layer in model.modules()):
+        return ()
+    return ("layers run without compiled code, slower; python -m bridle.native.compiling builds it",)
+
+
+def runs_compiled(model: nn.Module) -> bool:
+    """Whether some layers of a model run compiled, as they are now."""
+    compiled = (layer for layer in model.modules() if isinstance(layer, _Quick))
+    return any(_parts(cast("nn.Module", layer)) is not None for layer in compiled)
 
 
 class _Quick:
@@ -78,7 +95,14 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
             if parts is None:
                 return super().forward(hidden_states, *more, **given)
             cosine, sine = given["position_embeddings"]
-            return decoder_layer(parts.shape, hidden_states, cosine, sine, parts.weights)
+            if parts.attention in _CAUSAL:
+                return decoder_layer(parts.shape, hidden_states, cosine, sine, parts.weights)
+            from bridle.language.sampler.slots import held_in_slots
+
+            held = held_in_slots(self.self_attn.layer_idx, hidden_states, parts.shape.key_heads, parts.head)
+            if held is None:
+                return super().forward(hidden_states, *more, **given)
+            return layer_step(parts.shape, hidden_states, cosine, sine, parts.weights, held)
 
     Compiled.__name__, Compiled.__qualname__ = kind.__name__, kind.__qualname__
     return Compiled
@@ -111,12 +135,10 @@ def _parts(layer: nn.Module) -> _Parts | None:
     weights: list[Tensor | None] = [norm.weight for norm in norms]
     for linear in linears:
         weights += [linear.weight, linear.bias]
-    causal = attention.is_causal and attention.config._attn_implementation in _CAUSAL
-    if (
-        not causal
-        or (layer.training and attention.attention_dropout)
-        or not all(w is None or _plain(w) for w in weights)
-    ):
+    named = attention.config._attn_implementation
+    if named not in (*_CAUSAL, _SLOTS) or not attention.is_causal or (layer.training and attention.attention_dropout):
+        return None
+    if not all(w is None or _plain(w) for w in weights):
         return None
     inside = (*linears, *norms, *children.values())
     if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inside):
@@ -136,7 +158,7 @@ def _parts(layer: nn.Module) -> _Parts | None:
         second_eps=eps[1],
         scale=attention.scaling,
     )
-    return _Parts(shape, head, weights)
+    return _Parts(shape, head, weights, named)
 
 
 def _linears(children: Mapping[str, nn.Module]) -> list[nn.Linear] | None:
