@@ -1,8 +1,8 @@
 """Which layers of a model run compiled: those that are built as a Llama layer is, and answer as the compiled one does.
 
 Such a layer becomes one of a class derived from its own, as FSDP2 does it, so that what transformers does around a layer
-stays as it is. It is looked at anew in every call: masks, caches, adapters, half precision, autocast, dropout, another
-attention, a GPU or whatever else is not served goes to the layer's own ``forward``, which is the oracle.
+stays as it is. What is asked, and of what, is looked at in every call: masks, caches, adapters, half precision, autocast,
+dropout, another attention, a GPU or whatever else is not served goes to the layer's own ``forward``, which is the oracle.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _CAUSAL = ("sdpa", "bridle_narrow")
 """Attention that is told by the absence of a mask that it is causal."""
 _SLOTS = "bridle_embedded"
 """The sampler's, over the keys and values that it holds."""
+_KNOWN = "_bridle_parts"
 _IGNORED = {"position_embeddings", "position_ids", "use_cache"}
 
 
@@ -57,15 +58,18 @@ def plainly(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Parts:
     """A layer taken apart."""
 
     shape: Shape
     head: int
     weights: list[Tensor | None]
-    attention: str
-    """what attention the model's configuration names"""
+    attention: Any
+    places: list[tuple[dict[str, Any], str]]
+    """where each weight was found"""
+    modules: list[tuple[dict[str, Any], str, nn.Module]]
+    """where each module was found"""
 
 
 def speed_notes(model: nn.Module) -> tuple[str, ...]:
@@ -95,7 +99,7 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
             if parts is None:
                 return super().forward(hidden_states, *more, **given)
             cosine, sine = given["position_embeddings"]
-            if parts.attention in _CAUSAL:
+            if parts.attention.config._attn_implementation in _CAUSAL:
                 return decoder_layer(parts.shape, hidden_states, cosine, sine, parts.weights)
             from bridle.language.sampler.slots import held_in_slots
 
@@ -123,7 +127,34 @@ def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | N
 
 
 def _parts(layer: nn.Module) -> _Parts | None:
-    """Take a layer apart; None unless it is in all that can be seen a Llama layer that can run compiled."""
+    """Take a layer apart; None unless it is a Llama layer in all that can be seen, and can run compiled as it is now.
+
+    What was found is kept with the layer, and looked for anew where a module or a weight is not the one that was there.
+    """
+    known = layer.__dict__.get(_KNOWN)
+    if known is None or not _stands(known):
+        known = layer.__dict__[_KNOWN] = _taken_apart(layer)
+    if known is None:
+        return None
+    attention = known.attention
+    if attention.config._attn_implementation not in (*_CAUSAL, _SLOTS) or (
+        layer.training and attention.attention_dropout
+    ):
+        return None
+    if not all(w is None or (w.dtype is torch.float32 and w.is_cpu) for w in known.weights):
+        return None
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for _, _, m in known.modules)
+    return None if hooked else known
+
+
+def _stands(known: _Parts) -> bool:
+    """Whether modules and weights are where they were found."""
+    return all(owner.get(name) is module for owner, name, module in known.modules) and all(
+        owner.get(name) is weight for (owner, name), weight in zip(known.places, known.weights, strict=True)
+    )
+
+
+def _taken_apart(layer: nn.Module) -> _Parts | None:
     children = dict(layer.named_children())
     if children.keys() != {*_LINEARS, *_NORMS}:
         return None
@@ -132,38 +163,33 @@ def _parts(layer: nn.Module) -> _Parts | None:
     eps: list[Any] = [getattr(norm, "variance_epsilon", None) for norm in norms]
     if linears is None or None in eps or any(list(norm._parameters) != ["weight"] for norm in norms):
         return None
-    weights: list[Tensor | None] = [norm.weight for norm in norms]
-    for linear in linears:
-        weights += [linear.weight, linear.bias]
-    named = attention.config._attn_implementation
-    if named not in (*_CAUSAL, _SLOTS) or not attention.is_causal or (layer.training and attention.attention_dropout):
+    width, head = linears[0].in_features, attention.head_dim
+    queries, keys = len(linears[0].weight), len(linears[1].weight)
+    if width % 8 or head % 8 or width > _WIDEST or queries % keys or attention.scaling <= 0 or not attention.is_causal:
         return None
-    if not all(w is None or _plain(w) for w in weights):
-        return None
-    inside = (*linears, *norms, *children.values())
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inside):
-        return None
-    width, queries, keys, head = (
-        linears[0].in_features,
-        len(linears[0].weight),
-        len(linears[1].weight),
-        attention.head_dim,
+    places = [(norm._parameters, "weight") for norm in norms]
+    places += [(linear._parameters, name) for linear in linears for name in ("weight", "bias")]
+    modules = [(layer._modules, name, module) for name, module in children.items()]
+    modules += [(children[part]._modules, name, linear) for (part, name), linear in zip(_named(), linears, strict=True)]
+    return _Parts(
+        shape=Shape(
+            heads=queries // head, key_heads=keys // head, first_eps=eps[0], second_eps=eps[1], scale=attention.scaling
+        ),
+        head=head,
+        weights=[owner[name] for owner, name in places],
+        attention=attention,
+        places=places,
+        modules=modules,
     )
-    if width % 8 or head % 8 or width > _WIDEST or queries % keys or attention.scaling <= 0:
-        return None
-    shape = Shape(
-        heads=queries // head,
-        key_heads=keys // head,
-        first_eps=eps[0],
-        second_eps=eps[1],
-        scale=attention.scaling,
-    )
-    return _Parts(shape, head, weights, named)
+
+
+def _named() -> list[tuple[str, str]]:
+    return [(part, name) for part, names in _LINEARS.items() for name in names]
 
 
 def _linears(children: Mapping[str, nn.Module]) -> list[nn.Linear] | None:
     """Return the linear layers of attention and gate, as layers.c orders them; None if there are others, or more."""
-    found = [children[part]._modules.get(name) for part, names in _LINEARS.items() for name in names]
+    found = [children[part]._modules.get(name) for part, name in _named()]
     more = len(children["self_attn"]._modules) > 4 or children["mlp"]._modules.keys() - {*_LINEARS["mlp"], "act_fn"}
     return None if more or any(type(one) is not nn.Linear for one in found) else cast("list[nn.Linear]", found)
 
