@@ -112,6 +112,7 @@ def test_what_a_run_has_saved_survives_a_loss_of_power(
         for step in range(1, 5):
             run.record(step, {"loss": 1 / step})
             run.samples(step, [{"text": "said"}])
+            run.event("memory", "halved", step=step)
             if step % 2 == 0:
                 with run.checkpoint(step) as folder:
                     (folder / "state").write_bytes(bytes([step]))
@@ -125,4 +126,6 @@ def test_what_a_run_has_saved_survives_a_loss_of_power(
                 assert newest.step == 4
                 found.rewind(4)
                 assert found.metrics() == [{"step": step, "loss": 1 / step} for step in range(1, 5)]
+                halved = [event["step"] for event in found.events() if event["kind"] == "memory"]
+                assert halved == [1, 2, 3, 4]  # what a resume computes with
                 assert [found.read_samples(step) for step in range(1, 5)] == [[{"text": "said"}]] * 4

@@ -345,7 +345,7 @@ class Run:
         with self._writing(), whole_folder(self.path / "checkpoints" / f"step-{step}") as folder:
             yield folder
             write_manifest(folder, step, extents(self.path, step))
-            for name in _STREAMS:
+            for name in (*_STREAMS, "events.jsonl"):
                 if (self.path / name).exists():
                     sync(self.path / name)
             sync(self.path)  # where they are listed
