@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -264,6 +265,18 @@ def begun(tmp_path: Path, **changes: object) -> ToyConfig:
     with pytest.raises(Stopped):
         toy(config, at=interrupt(6))
     return config
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ToyConfig(run=settings(tmp_path, quiet=False))
+    with pytest.raises(Stopped):
+        toy(config, at=interrupt(2))
+    shutil.rmtree(config.run.dir / "checkpoints/step-2")
+    capsys.readouterr()
+    toy(config, resume=True)
+    assert "no checkpoint was saved: beginning again" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_number_of_threads_and_names_it(tmp_path: Path) -> None:

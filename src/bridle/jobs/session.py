@@ -384,6 +384,8 @@ class Place:
         if damaged:
             text = f"damaged, moved to {run.path / 'faults'}: {', '.join(damaged)}; going on after step {start}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if checkpoint is None and run.metrics():
+            console.print("no checkpoint was saved: beginning again", highlight=False)
         run.rewind(-1 if checkpoint is None else start)
 
     def _stock(self) -> dict[str, Json]:
