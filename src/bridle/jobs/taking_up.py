@@ -68,7 +68,7 @@ def changed_records(run: Run, checkpoint: Checkpoint | None, *, force: bool) -> 
     """Refuse to go on where records are missing that the checkpoint followed on, naming them; with ``force`` return them."""
     found = [] if checkpoint is None else missing(run.path, checkpoint)
     if not force and found:
-        raise RunError(f"{'; '.join(found)}; put back what is missing, or go on without it: {_forced(run)}")
+        raise RunError(f"{'; '.join(found)}; put back what was there, or go on without it: {_forced(run)}")
     return found
 
 

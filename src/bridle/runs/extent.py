@@ -59,8 +59,13 @@ def _of_lines(path: Path, kept: Mapping[str, Json], checkpoint: Checkpoint) -> s
     before = [step for row in rows if (step := step_of(row)) is not None and step <= checkpoint.step]
     if isinstance(lines, int) and len(before) != lines:
         last = f", the last of step {before[-1]}" if before else ""
-        of = f"the checkpoint of step {checkpoint.step}"
-        return f"{path} has {len(before)} of the {lines} lines before {of}{last}"
+        of = f"before the checkpoint of step {checkpoint.step}{last}"
+        few = len(before) < lines
+        return (
+            f"{path} has {len(before)} of the {lines} lines {of}"
+            if few
+            else f"{path} has {len(before)} lines {of}, and had {lines}"
+        )
     if isinstance(size, int) and hashlib.sha256(content[:size]).hexdigest() != kept.get("sha256"):
         return f"{path} was altered in the {lines} lines that the checkpoint of step {checkpoint.step} followed on"
     return None
