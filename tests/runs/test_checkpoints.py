@@ -9,7 +9,7 @@ import math
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -82,7 +82,34 @@ def test_the_manifest_holds_size_and_checksum_of_every_file(run: Run) -> None:
     files = {"actor/model": {"sha256": digest, "size": 7}}
     empty = {"lines": 0, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     records = {"metrics.jsonl": empty, "timing.jsonl": {"lines": 0}}  # what it vouches for
+    own = manifest.pop("sha256")
     assert manifest == {"format": 1, "step": 2, "files": files, "records": records}
+    assert own == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def test_a_manifest_with_any_bit_flipped_is_damaged_or_says_the_same(run: Run) -> None:
+    run.record(1, {"loss": 0.5})
+    save(run, 1)
+    path = run.path / "checkpoints/step-1/manifest.json"
+    content = path.read_bytes()
+    sound, passed = json.loads(content), 0
+    del sound["sha256"]
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 7
+        path.write_bytes(bytes(flipped))
+        with suppress(RunError):
+            verify(run.checkpoints()[0])
+            passed += 1  # the space between two words, or the name of the checksum, was hit
+            assert sound.items() <= json.loads(path.read_bytes()).items()
+    assert 0 < passed < len(content) / 5
+
+
+def test_a_manifest_without_a_checksum_of_its_own_is_an_older_one(run: Run) -> None:
+    save(run, 2)
+    path = run.path / "checkpoints/step-2/manifest.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}))
+    verify(run.checkpoints()[0])
 
 
 @pytest.mark.parametrize(

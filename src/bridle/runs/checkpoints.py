@@ -18,6 +18,7 @@ from bridle.runs.files import (
     Json,
     JsonObject,
     file_digest,
+    json_digest,
     load_json,
     load_tensors,
     save_json,
@@ -106,7 +107,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, Json] | None = None) -> None:
-    """Write ``manifest.json``: for every file of the folder its size in bytes and its SHA-256.
+    """Write ``manifest.json``: for every file of the folder its size in bytes and its SHA-256, and that of all this.
 
     ``records`` are the run's files of records, with how far they had come after ``step``.
     """
@@ -116,7 +117,8 @@ def write_manifest(folder: Path, step: int, records: Mapping[str, Json] | None =
         if path.is_file()
     }
     extent = {} if records is None else {"records": {**records}}
-    save_json(folder / MANIFEST, {"format": FORMAT, "step": step, **extent, "files": files})
+    manifest: JsonObject = {"format": FORMAT, "step": step, **extent, "files": files}
+    save_json(folder / MANIFEST, {**manifest, "sha256": json_digest(manifest)})
 
 
 def kept_records(checkpoint: Checkpoint) -> dict[str, JsonObject]:
@@ -143,7 +145,7 @@ def vouched_lines(checkpoint: Checkpoint, name: str) -> int | None:
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Compare every file with the manifest.
+    """Compare every file with the manifest, and the manifest with its own checksum; an older one has none.
 
     Raises:
         NewerFormat: a newer bridle wrote it.
@@ -155,6 +157,8 @@ def verify(checkpoint: Checkpoint) -> None:
         raise NewerFormat(
             f"{checkpoint.path} is a checkpoint of format {written}, and this bridle reads {FORMAT}; use a newer bridle"
         )
+    if isinstance(manifest, dict) and manifest.pop("sha256", None) not in (None, json_digest(manifest)):
+        raise RunError(f"{checkpoint.path / MANIFEST} was altered; the checkpoint is damaged")
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
         raise RunError(f"{checkpoint.path / MANIFEST} lists no files; the checkpoint is damaged")

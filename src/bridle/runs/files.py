@@ -26,6 +26,7 @@ __all__ = [
     "JsonObject",
     "append_line",
     "file_digest",
+    "json_digest",
     "load_json",
     "load_tensors",
     "read_line",
@@ -213,6 +214,11 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Json) -> str:
+    """SHA-256 of a JSON value, in hex; the order of an object's names counts."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
