@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridle.batch import Batch
-from bridle.control import compiled
+from bridle.control import compiled, descending
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.networks import NetworkSettings
 from bridle.control.small import SmallActorCritic
@@ -261,6 +261,10 @@ def test_steps_are_counted_and_kept_as_those_of_the_optimiser() -> None:
     taken_up.load_state(state)
     require_alike(learn(policy, batch, PLAIN, optimiser), learn(other, batch, PLAIN, taken_up), 1e-3, 1e-4)
     assert all(not bool(p.grad.any()) for p in policy.parameters())
+
+
+def test_buffers_have_as_many_rows_as_compiled_code_takes_at_a_time() -> None:
+    assert f"#define ROWS {descending._ROWS} " in SOURCES[0].read_text()
 
 
 def test_a_copy_descends_by_itself() -> None:

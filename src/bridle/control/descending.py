@@ -17,14 +17,12 @@ from bridle.control.policy import Transitions
 from bridle.learn.descent import ClippedTerms, Descended
 from bridle.learn.minibatches import Minibatches
 from bridle.learn.optim import FlatAdam
-from bridle.learn.step import Seen
+from bridle.learn.step import Minibatch, Seen
 
 __all__ = ["Descending"]
 
 _ROWS = 96
 """States at a time, as in small.c."""
-
-_COLUMNS = ("old_logp", "advantages", "returns", "weights")
 
 
 class _Descent(ctypes.Structure):
@@ -74,21 +72,14 @@ class Descending:
             adam: the optimiser, whose gradient is 0 and has those of all weights for its parts.
         """
         whole, vector, actions = parts.whole, units.observations.vector, units.actions
-        columns, n = [getattr(whole, name) for name in _COLUMNS], len(whole.actions)
-        shape = (len(actions),) if log_std is None else (len(actions), self._outputs)
-        if not (
-            all(_lies(column, torch.float32, (n,)) for column in columns)
-            and _lies(actions, torch.int64 if log_std is None else torch.float32, shape)
-            and _lies(vector, torch.float32, (len(actions), self._inputs))
-            and _lies(whole.actions, torch.int64, (n,))
-        ):
+        if not self._reads(whole, vector, actions, gaussian=log_std is not None):
             return None
         self.stack.find_gradients()
         for net, gradients in zip(self._nets, self.stack.gradients, strict=True):
             compiled.point_at(net, gradients)
         lengths = torch.tensor(parts.lengths)
-        answers, norms = torch.empty(3, n), torch.empty(len(parts))
-        at = {name: column.data_ptr() for name, column in zip(_COLUMNS[:-1], columns, strict=False)}
+        answers, norms = torch.empty(3, len(whole.actions)), torch.empty(len(parts))
+        at = {name: getattr(whole, name).data_ptr() for name in ("old_logp", "advantages", "returns")}
         at |= {name: row.data_ptr() for name, row in zip(("logp", "entropies", "values"), answers, strict=True)}
         at |= {name: getattr(adam, name).data_ptr() for name in ("weights", "gradient", "m", "v")}
         if log_std is not None:
@@ -124,6 +115,17 @@ class Descending:
         taken = compiled.library.clipped_descent(*map(ctypes.byref, self._nets), ctypes.byref(task))
         logp, entropy, value = answers.unbind()
         return Descended(seen=Seen(logp=logp, entropy=entropy, value=value), norms=norms[:taken].tolist())
+
+    def _reads(self, whole: Minibatch, vector: Tensor, actions: Tensor, *, gaussian: bool) -> bool:
+        """Whether all of it lies as compiled code reads it."""
+        K, N = len(whole.actions), len(actions)
+        columns = (whole.old_logp, whole.advantages, whole.returns, whole.weights)
+        return (
+            all(_lies(column, torch.float32, (K,)) for column in columns)
+            and _lies(whole.actions, torch.int64, (K,))
+            and _lies(vector, torch.float32, (N, self._inputs))
+            and _lies(actions, torch.float32 if gaussian else torch.int64, (N, self._outputs) if gaussian else (N,))
+        )
 
 
 def _lies(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
