@@ -267,6 +267,14 @@ def begun(tmp_path: Path, **changes: object) -> ToyConfig:
     return config
 
 
+def test_code_that_changes_directory_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    config = ToyConfig(run=settings(Path()))
+    with pytest.raises(RunError, match="run cannot be written"):
+        toy(config, at=lambda *_: monkeypatch.chdir(tmp_path / "elsewhere"))
+
+
 def test_a_run_without_a_checkpoint_says_that_it_begins_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -271,7 +271,8 @@ class Run:
         A directory that was there before it stays too, empty.
         """
         if self._lock is not None and not self.metrics() and not self.checkpoints():
-            clear(self.path, self._made)
+            with suppress(FileNotFoundError):  # not found from where the user's code has changed directory to
+                clear(self.path, self._made)
             self.close()
 
     # Recording
