@@ -183,8 +183,8 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
         resume: go on with the run at ``config.run.dir``.
         force: do so also where it cannot be the same run to the bit.
         world: a vector environment of the user's own, or a function that makes one, instead of ``config.env``. A function
-            is called twice, for training and for evaluation; a vector environment serves both, so training episodes
-            start anew after each evaluation.
+            makes new ones at each call: for training, for evaluation, and again where these start anew; a vector
+            environment serves both, so training episodes start anew after each evaluation.
 
     Raises:
         WorldError: the environment cannot be made or trained on.
