@@ -58,6 +58,15 @@ def test_seed_and_actions_determine_what_follows_also_where_an_environment_keeps
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_a_function_that_hands_out_the_same_environments_again_keeps_them() -> None:
+    envs = SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    world = make_world(lambda: envs, WorldSettings())
+    for _ in range(2):
+        world.reset(seed=7)
+        assert world.step(np.zeros(2, dtype=np.int64)).acted.all()
+    world.close()
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_autoreset_mode_gives_the_transitions_that_a_plain_loop_gives(mode: str, num_envs: int) -> None:

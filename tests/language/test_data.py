@@ -105,6 +105,7 @@ GOOD = b'{"prompt": "a", "answer": "b"}\n'
         ("a.jsonl", b"", "holds no records"),
         ("a.jsonl", b"\n \n", "holds no records"),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
+        ("a.jsonl", GOOD[:-2] + b', "b": ' + b"[" * 100 + b"]" * 100 + b"}", "at most 100 lists and objects"),
         ("a.json", b"[]", "holds no records"),
         ("a.json", b'[{"prompt": "a"},\n {"prompt" 3}]', "line 2 is not JSON: Expecting ':' delimiter at column 12"),
         ("a.json", GOOD, r"is an object, expected a list of objects; is it \.jsonl\?"),
@@ -133,6 +134,11 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path: Path, name: s
     with pytest.raises(DataError, match=match) as error:
         read_demonstrations(settings(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_lists_within_lists_are_read_as_far_as_anybody_could_go_through_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD[:-2] + b', "b": ' + b"[" * 99 + b"]" * 99 + b"}")
+    assert len(read_demonstrations(settings(tmp_path / "a.jsonl")).items) == 1
 
 
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:

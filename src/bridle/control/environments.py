@@ -106,9 +106,11 @@ class World:
             WorldError: the environment raised, showed something that is not finite, or a mask that does not serve.
         """
         if self._used and self._remake is not None:
-            close(self._envs)
+            before = self._envs
             with foreign(self.name, "making it again"):
                 self._envs = self._remake()
+            if self._envs is not before:  # a function of somebody's own may hand out the same ones
+                close(before)
             self._copies = _copies(self._envs)
         self._used = True
         with foreign(self.name, "reset"):

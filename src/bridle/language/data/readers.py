@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,9 @@ __all__ = ["DataSettings", "Row", "hub_digest", "read_rows"]
 
 _HASHED_AT_ONCE = 1000
 """Rows of a dataset that are held while they are hashed."""
+
+_MOST_LEVELS = 100
+"""Lists and objects inside one another; who goes through a value by recursion must come to its end."""
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -226,17 +229,34 @@ def _parse(text: str, place: str) -> object:
             raise DataError(f"{place} has the key {twice!r} twice; which of them counts cannot be told: keep one")
         return found
 
+    deep = f"{place} is nested too deeply; at most {_MOST_LEVELS} lists and objects may lie inside one another"
     try:
-        return json.loads(text, object_pairs_hook=once)
+        value: object = json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         where = f"{place} line {error.lineno}" if error.lineno > 1 else place
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
-        raise DataError(f"{place} is nested too deeply") from error
+        raise DataError(deep) from error
     except DataError:
         raise
     except ValueError as error:  # Python reads no whole number beyond 4,300 digits
         raise DataError(f"{place} holds a number that is too long: {error}") from error
+    if text.count("[") + text.count("{") > _MOST_LEVELS and _is_deep(value):
+        raise DataError(deep)
+    return value
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [inner for one in level for inner in _inside(one)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(value: object) -> Iterable[object]:
+    return value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
 
 
 def _row(value: object, place: str) -> Row:
