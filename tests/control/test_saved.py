@@ -145,6 +145,8 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
         ({"format": 99}, "format 2"),
         ({"network": {**head["network"], "hidden": [5]}}, "do not fit"),
         ({"network": {"width": 3}}, "network"),
+        ({"network": {**head["network"], "squash": "no"}}, "squash 'no'"),
+        ({"network": {**head["network"], "factory": 5}}, "factory '5'"),
         ({"network": {**head["network"], "activation": "exec"}}, "network"),
         ({"actions": None}, "lacks 'actions'"),
     ):

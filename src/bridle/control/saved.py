@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import gymnasium
@@ -215,7 +216,23 @@ def _check_widths(path: Path, tensors: Mapping[str, torch.Tensor], widths: tuple
         )
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "activation": (str,),
+    "shared_trunk": (bool, NoneType),
+    "std": (str,),
+    "initial_log_std": (int, float),
+    "squash": (bool,),
+    "recurrent": (str, NoneType),
+    "recurrent_width": (int,),
+    "factory": (str, NoneType),
+}
+"""What each of a network's settings is in policy.json; ``hidden`` is read number by number."""
+
+
 def _network(data: Mapping[str, Any]) -> NetworkSettings:
+    for name, kinds in _KINDS.items():
+        if name in data and not isinstance(data[name], kinds):
+            raise ModelError(f"the saved policy's network has {name} {str(data[name])[:50]!r}; it is damaged")
     try:
         settings = NetworkSettings(**{**data, "hidden": tuple(int(width) for width in data["hidden"])})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
