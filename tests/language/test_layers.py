@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,87 @@ def test_what_is_not_served_goes_to_the_layer_itself(monkeypatch: pytest.MonkeyP
     hooked.model.layers[1].self_attn.q_proj = nn.Sequential(hooked.model.layers[1].self_attn.q_proj)
     torch.testing.assert_close(hooked(ids, use_cache=False).logits, model(ids).logits)
     assert len(seen) == 4
+
+
+def doubled(module: nn.Module) -> None:
+    module.register_forward_hook(lambda own, given, found: 2 * found)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "the gate's function": lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()),
+    "a hook on it": lambda layer: doubled(layer.mlp.act_fn),
+    "the factor on the scores": lambda layer: setattr(layer.self_attn, "scaling", 0.9),
+    "an ε": lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 0.5),
+    "another norm": lambda layer: setattr(layer, "input_layernorm", Centred()),
+    "what is seen": lambda layer: setattr(layer.self_attn, "is_causal", False),
+    "a forward": lambda layer: setattr(layer.mlp, "forward", lambda x: 2 * layer.mlp.up_proj(x)[..., :32]),
+    "a weight's kind": lambda layer: setattr(
+        layer.mlp.up_proj, "weight", nn.Parameter(Doubled(layer.mlp.up_proj.weight))
+    ),
+}
+
+
+class Centred(nn.Module):
+    """What has the parts of a norm, and is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.full((32,), 0.3)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.weight) * (x - x.mean(-1, keepdim=True))
+
+
+class Doubled(Tensor):
+    """Stands for weights that are packed: a product with them is another than with their numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, given: Any = (), more: Any = None) -> Any:
+        if function is nn.functional.linear:
+            return function(given[0], 2 * given[1].as_subclass(Tensor), *given[2:])
+        return super().__torch_function__(function, types, given, more or {})
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_is_no_longer_what_was_tried_runs_as_it_is(change: str) -> None:
+    (model, own), ids = quick("llama"), torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        before = own(ids, use_cache=False).logits
+        for each in (model, own):
+            CHANGES[change](each.model.layers[0])
+        expected, found = model(ids, use_cache=False).logits, own(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - before).abs().max() > 0.01
+
+
+def test_a_layer_that_is_asked_not_to_be_causal_is_not() -> None:
+    (model, own), ids = quick("llama"), torch.arange(1, 13).view(2, 6)
+    expected = model(ids, use_cache=False, is_causal=False).logits
+    torch.testing.assert_close(own(ids, use_cache=False, is_causal=False).logits, expected)
+
+
+def test_new_weights_are_served_and_those_of_another_shape_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, own), ids, seen = quick("llama"), torch.arange(1, 13).view(2, 6), calls(monkeypatch)
+    other = tiny_model("llama", seed=3, hidden_size=32, num_attention_heads=4)
+    own.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+    expected = other(ids, use_cache=False).logits
+    torch.testing.assert_close(own(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 2
+    mlp = own.model.layers[1].mlp
+    with torch.no_grad():
+        for linear, axis in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
+            linear.weight.data = linear.weight.data.narrow(axis, 0, 24)
+    own(ids, use_cache=False)
+    assert len(seen) == 3
+
+
+def test_a_layer_names_only_classes_that_can_be_found_again() -> None:
+    """So that who keeps whole models, or hands them to other processes, still can."""
+    layer = quick("llama")[1].model.layers[0]
+    made, given, state = layer.__reduce_ex__(2)
+    assert all(getattr(importlib.import_module(one.__module__), one.__qualname__) is one for one in (made, *given))
+    assert type(made(*given)) is type(layer)
+    assert state["_modules"]["mlp"] is layer.mlp
 
 
 def test_layers_may_be_run_again_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:

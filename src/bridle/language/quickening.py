@@ -66,6 +66,11 @@ class _Parts:
     head: int
     weights: list[Tensor | None]
     attention: Any
+    norms: list[Any]
+    traits: tuple[Any, ...]
+    """what else the layer was when it was tried"""
+    sizes: list[tuple[int, ...] | None]
+    """of each weight"""
     places: list[tuple[dict[str, Any], str]]
     """where each weight was found"""
     modules: list[tuple[dict[str, Any], str, nn.Module]]
@@ -87,6 +92,15 @@ def runs_compiled(model: nn.Module) -> bool:
 
 class _Quick:
     """Marks layers that run compiled where they can."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Take the class from the layer's own: a derived one has no place to be found at."""
+        return _made, (type(self).__mro__[2],), self.__dict__
+
+
+def _made(kind: type[nn.Module]) -> nn.Module:
+    derived = _compiled(kind)  # type: ignore[arg-type]
+    return derived.__new__(derived)
 
 
 @cache
@@ -116,6 +130,8 @@ def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | N
     """Return the parts of a layer that is asked for what is compiled, in a form that is; else None."""
     if any(value is not None and value is not False and name not in _IGNORED for name, value in given.items()):
         return None
+    if given.get("is_causal") is False:  # the one that means something where it is not asked for
+        return None
     if not _plain(x) or x.numel() == 0 or layers.library is None or torch.is_autocast_enabled("cpu"):
         return None
     parts = _parts(layer)
@@ -129,29 +145,48 @@ def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | N
 def _parts(layer: nn.Module) -> _Parts | None:
     """Take a layer apart; None unless it is a Llama layer in all that can be seen, and can run compiled as it is now.
 
-    What was found is kept with the layer, and looked for anew where a module or a weight is not the one that was there.
+    What was found is kept with the layer. Other weights in the same modules are looked for anew; where a module is another, or
+    is another in what its layer was tried with, the layer runs as it is.
     """
-    known = layer.__dict__.get(_KNOWN)
-    if known is None or not _stands(known):
-        known = layer.__dict__[_KNOWN] = _taken_apart(layer)
+    known: _Parts | None = layer.__dict__.get(_KNOWN)
     if known is None:
+        known = layer.__dict__[_KNOWN] = _taken_apart(layer)
+    if known is None or not _stands(known):
         return None
+    if any(owner.get(name) is not weight for (owner, name), weight in zip(known.places, known.weights, strict=True)):
+        fresh = _taken_apart(layer)
+        if fresh is None:
+            return None
+        known = layer.__dict__[_KNOWN] = fresh
     attention = known.attention
     if attention.config._attn_implementation not in (*_CAUSAL, _SLOTS) or (
         layer.training and attention.attention_dropout
     ):
         return None
-    if not all(w is None or (w.dtype is torch.float32 and w.is_cpu) for w in known.weights):
-        return None
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for _, _, m in known.modules)
-    return None if hooked else known
+    held = zip(known.weights, known.sizes, strict=True)
+    served = all(w is None or (w.dtype is torch.float32 and w.is_cpu and w.shape == size) for w, size in held)
+    return known if served else None
 
 
 def _stands(known: _Parts) -> bool:
-    """Whether modules and weights are where they were found."""
-    return all(owner.get(name) is module for owner, name, module in known.modules) and all(
-        owner.get(name) is weight for (owner, name), weight in zip(known.places, known.weights, strict=True)
+    """Whether modules are where they were found and as they were, and nobody looks on."""
+    if _traits(known.attention, known.norms) != known.traits:
+        return False
+    return not any(
+        owner.get(name) is not module
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        for owner, name, module in known.modules
     )
+
+
+def _traits(attention: Any, norms: list[Any]) -> tuple[Any, ...]:
+    """Width of a head, factor on the scores, whether it is causal, ε of both norms; None for what is missing."""
+    own = [getattr(attention, name, None) for name in ("head_dim", "scaling", "is_causal")]
+    return (*own, *[getattr(norm, "variance_epsilon", None) for norm in norms])
 
 
 def _taken_apart(layer: nn.Module) -> _Parts | None:
@@ -159,25 +194,38 @@ def _taken_apart(layer: nn.Module) -> _Parts | None:
     if children.keys() != {*_LINEARS, *_NORMS}:
         return None
     attention, norms = cast("Any", children["self_attn"]), [cast("Any", children[name]) for name in _NORMS]
-    linears = _linears(children)
-    eps: list[Any] = [getattr(norm, "variance_epsilon", None) for norm in norms]
-    if linears is None or None in eps or any(list(norm._parameters) != ["weight"] for norm in norms):
+    linears, traits = _linears(children), _traits(attention, norms)
+    if linears is None or None in traits or any(list(norm._parameters) != ["weight"] for norm in norms):
         return None
-    width, head = linears[0].in_features, attention.head_dim
-    queries, keys = len(linears[0].weight), len(linears[1].weight)
-    if width % 8 or head % 8 or width > _WIDEST or queries % keys or attention.scaling <= 0 or not attention.is_causal:
+    head, scale, causal, *eps = traits
+    queries, width = linears[0].weight.shape
+    keys, hidden = len(linears[1].weight), len(linears[4].weight)
+    if width % 8 or head % 8 or width > _WIDEST or keys % head or queries % keys or scale <= 0 or not causal:
         return None
+    sides = [(queries, width), (keys, width), (keys, width), (width, queries), *[(hidden, width)] * 2, (width, hidden)]
     places = [(norm._parameters, "weight") for norm in norms]
     places += [(linear._parameters, name) for linear in linears for name in ("weight", "bias")]
+    weights = [owner[name] for owner, name in places]
+    sizes = [(width,), (width,), *[size for two in sides for size in (two, two[:1])]]
+    if any(
+        type(w) not in (Tensor, nn.Parameter) or w.shape != size
+        for w, size in zip(weights, sizes, strict=True)
+        if w is not None
+    ):
+        return None
     modules = [(layer._modules, name, module) for name, module in children.items()]
-    modules += [(children[part]._modules, name, linear) for (part, name), linear in zip(_named(), linears, strict=True)]
+    inner = [*_named(), *[("mlp", name) for name in children["mlp"]._modules if name == "act_fn"]]
+    modules += [
+        (children[part]._modules, name, cast("nn.Module", children[part]._modules[name])) for part, name in inner
+    ]
     return _Parts(
-        shape=Shape(
-            heads=queries // head, key_heads=keys // head, first_eps=eps[0], second_eps=eps[1], scale=attention.scaling
-        ),
+        shape=Shape(heads=queries // head, key_heads=keys // head, first_eps=eps[0], second_eps=eps[1], scale=scale),
         head=head,
-        weights=[owner[name] for owner, name in places],
+        weights=weights,
         attention=attention,
+        norms=norms,
+        traits=traits,
+        sizes=list(sizes),
         places=places,
         modules=modules,
     )
