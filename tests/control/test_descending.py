@@ -145,12 +145,15 @@ def test_the_gradient_is_that_of_the_loss_as_written(
         {"budget": MicroBudget(20)},
         {"critic_only": True},
         {"extra_loss": lambda taken, tokens: []},
+        {"kl_loss": "k2", "kl_coefficient": 0.3},
+        {"kl_loss": "k3", "kl_coefficient": 0.3},
     ],
-    ids=lambda other: next(iter(other)),
+    ids=lambda other: " ".join(str(other[name]) if name == "kl_loss" else name for name in other),
 )
 def test_what_it_does_not_know_is_learnt_step_by_step(other: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = build(*SHAPES[0])
     batch, plain = batch_of(policy, *SHAPES[0][:3], 60), as_(ActorCritic, policy)
+    batch = replace(batch, ref_logp=batch.old_logp - 0.3)
     own = {name: value for name, value in other.items() if name in PPOSettings.__dataclass_fields__}
     options = {name: value for name, value in other.items() if name not in own}
     monkeypatch.setattr(SmallActorCritic, "descend", None)

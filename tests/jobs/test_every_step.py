@@ -66,6 +66,10 @@ def remembering(kind: Literal["lstm", "gru"]) -> dict[str, Any]:
             "control ppo",
             {"world": WorldSettings(num_envs=2, vectorization="async", autoreset="disabled"), "total_steps": 6 * 32},
         ),
+        (
+            "control ppo",
+            {"env": "CartPole-v1", "world": WorldSettings(num_envs=3), "ppo": PPOSettings(epochs=2, minibatches=3)},
+        ),
         ("control a2c", {"env": "BridleTest/Worn-v0"}),
         ("sft", {}),
         ("reward", {}),
