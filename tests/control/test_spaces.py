@@ -224,6 +224,7 @@ def parts(*parts: Any) -> dict[str, Any]:
         parts({"kind": "ImagePart", "path": [], "shape": [8, 84], "layout": "hw"}),
         {"kind": "DiscreteActions", "n": "x"},
         {"kind": "DiscreteActions", "n": 0, "start": 0},
+        {"kind": "DiscreteActions", "n": 2, "start": 2**63},
         {"kind": "MultiDiscreteActions", "nvec": [2, 0], "start": [0, 0], "shape": [2], "dtype": "int64"},
         {"kind": "MultiDiscreteActions", "nvec": [2, 2], "start": [0], "shape": [2], "dtype": "int64"},
         {"kind": "MultiDiscreteActions", "nvec": [2, 2], "start": [0, 0], "shape": [3], "dtype": "int64"},

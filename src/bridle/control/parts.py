@@ -27,6 +27,7 @@ __all__ = [
     "Part",
     "Path",
     "at",
+    "first_option",
     "fits",
     "named",
     "part_from_json",
@@ -202,9 +203,9 @@ def part_from_json(data: Mapping[str, Any]) -> Part:
         case "BoxPart":
             return BoxPart(path=path, shape=sizes(data["shape"], least=0))
         case "DiscretePart":
-            return DiscretePart(path=path, n=int(data["n"]), start=int(data["start"]))
+            return DiscretePart(path=path, n=int(data["n"]), start=first_option(data["start"]))
         case "MultiDiscretePart":
-            nvec, start = sizes(data["nvec"]), tuple(int(number) for number in data["start"])
+            nvec, start = sizes(data["nvec"]), tuple(map(first_option, data["start"]))
             return MultiDiscretePart(path=path, nvec=nvec, start=start, shape=sizes(data["shape"]))
         case "MultiBinaryPart":
             return MultiBinaryPart(path=path, shape=sizes(data["shape"]))
@@ -256,6 +257,14 @@ def sizes(values: Any, least: int = 1) -> tuple[int, ...]:
     found = tuple(int(value) for value in values)
     if any(size < least for size in found):
         raise ValueError(f"sizes must be at least {least}: {found}")
+    return found
+
+
+def first_option(value: Any) -> int:
+    """Read the world's number of option 0; what is added to it must stay within 64 bits."""
+    found = int(value)
+    if abs(found) >= 2**62:
+        raise ValueError(f"option 0 has the number {found}, beyond 62 bits")
     return found
 
 

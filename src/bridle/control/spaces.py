@@ -31,6 +31,7 @@ from bridle.control.parts import (
     Part,
     Path,
     at,
+    first_option,
     fits,
     named,
     part_from_json,
@@ -395,9 +396,9 @@ def action_spec_from_json(data: Mapping[str, Any]) -> ActionSpec:
     try:
         match data["kind"]:
             case "DiscreteActions":
-                return DiscreteActions(n=int(data["n"]), start=int(data["start"]))
+                return DiscreteActions(n=int(data["n"]), start=first_option(data["start"]))
             case "MultiDiscreteActions":
-                start, dtype = tuple(int(number) for number in data["start"]), str(np.dtype(data["dtype"]))
+                start, dtype = tuple(map(first_option, data["start"])), str(np.dtype(data["dtype"]))
                 nvec, shape = sizes(data["nvec"]), sizes(data["shape"])
                 return MultiDiscreteActions(nvec=nvec, start=start, shape=shape, dtype=dtype)
             case "MultiBinaryActions":
