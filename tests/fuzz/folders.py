@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,7 +36,12 @@ _STREAMS = ("metrics.jsonl", "timing.jsonl", "events.jsonl")
 
 
 def _make_run(folder: Path) -> None:
-    """Leave a run with records, and a checkpoint."""
+    """Leave a run with records, and a checkpoint; by a clock that stands still, so that its mutants are always the same."""
+    with mock.patch("time.time", return_value=1_800_000_000.5):
+        _write_run(folder)
+
+
+def _write_run(folder: Path) -> None:
     with Run.create(folder / "run", "ppo", to_dict(CONFIGS["ppo"])) as run:
         run.event("start", "started", step=1)
         for step in (1, 2):
