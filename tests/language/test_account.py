@@ -75,7 +75,7 @@ MEASURED = """
     import json, copy, torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from bridle.batch import Batch
-    from bridle.language.account import peak_memory
+    from bridle.language.account import peak_memory, resident_memory
     from bridle.language.causal import CausalModel
     from bridle.language.memory import estimate_memory
     from bridle.language.policy import LanguagePolicy, critic_from_actor
@@ -103,8 +103,7 @@ MEASURED = """
 
     torch.set_num_threads(1)
     update(2, vocab_size=64, hidden_size=16, intermediate_size=16)  # what libraries load at first use is not the run's
-    # the peak, not what is held: what the system takes back meanwhile, and gives again, is not the run's either
-    before = peak_memory(torch.device("cpu"), above=0)
+    before = resident_memory()
     print(json.dumps([update(32, vocab_size=8000, hidden_size=256, intermediate_size=768),
                       peak_memory(torch.device("cpu"), above=before)]))
 """
