@@ -156,69 +156,82 @@ def update(
         whiten_here=settings.whiten == "minibatch",
         per=settings.per,
     )
-    whole = budget is None and settings.micro_batch_tokens is None
+    held = settings.micro_batch_tokens if budget is None else budget
     looks = extra_loss is not None or settings.target_kl is not None  # between one step and the next
-    terms = objective.clipped_terms if whole and not looks else None
+    terms = objective.clipped_terms if held is None and not looks else None
     ahead = steps_ahead(policy, batch.units, parts, terms, optimiser)
+    stepping = _Stepping(
+        policy=policy,
+        optimiser=optimiser,
+        objective=objective,
+        budget=held,
+        extra_loss=None if critic_only else extra_loss,
+    )
     for taken, (epoch, number) in enumerate(product(epochs, range(settings.minibatches))):
+        record = partial(UpdateStep, epoch=epoch, minibatch=number, objective=objective)
         if taken < len(ahead):
             seen, norms = ahead[taken]
-            part = parts.parts[taken]
-            yield UpdateStep(epoch=epoch, minibatch=number, objective=objective, part=part, seen=seen, grad_norms=norms)
+            yield record(part=parts.parts[taken], seen=seen, grad_norms=norms)
             continue
-        rows, units, part = parts.at(taken)
+        done = stepping.take(record, taken, *parts.at(taken))
+        yield done
+        if not done.applied:
+            return
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stepping:
+    """What steps are taken with that a policy does not take by itself."""
+
+    policy: Policy
+    optimiser: Optimiser
+    objective: PPOObjective
+    budget: MicroBudget | int | None
+    extra_loss: Callable[[int, int | None], Iterable[Tensor]] | None
+
+    def take(
+        self, record: Callable[..., UpdateStep], taken: int, rows: Int[Tensor, " M"], units: Units, part: Minibatch
+    ) -> UpdateStep:
+        """Step on a minibatch, or leave the weights where the target KL is passed; ``taken`` steps went before."""
+        backward = partial(self._accumulate, units, part)
         try:
-            seen = within_memory(
-                budget or settings.micro_batch_tokens,
-                units.lengths,
-                partial(_accumulate, policy, units, part, objective),
-                optimiser.zero_grad,
-            )
-            held = settings.micro_batch_tokens if budget is None else budget.tokens
-            record = partial(
-                UpdateStep,
-                epoch=epoch,
-                minibatch=number,
-                objective=objective,
-                part=part,
-                seen=seen,
-                padding_share=None if held is None else padding_share(units.lengths, held),
-            )
-            if settings.target_kl is not None and not critic_only and record().old_kl > settings.target_kl:
-                optimiser.zero_grad()
-                yield record(applied=False)
-                return
-            extra = 0.0
-            if extra_loss is not None and not critic_only:
-                backward = partial(_accumulate, policy, units, part, objective)
-                extra = _added(partial(extra_loss, taken), rows, backward, optimiser, units, budget or held)
-            norms = optimiser.step(rows)
+            seen = within_memory(self.budget, units.lengths, backward, self.optimiser.zero_grad)
+            tokens = self.budget.tokens if isinstance(self.budget, MicroBudget) else self.budget
+            padding = None if tokens is None else padding_share(units.lengths, tokens)
+            record = partial(record, part=part, seen=seen, padding_share=padding)
+            if self._passed(record):
+                self.optimiser.zero_grad()
+                return record(applied=False)
+            extra = self._add_extra(taken, rows, units, backward)
+            return record(extra_loss=extra, grad_norms=self.optimiser.step(rows))
         except NonFiniteStep as fault:
-            optimiser.zero_grad()
-            evidence = Evidence(units=units, minibatch=part, objective=objective, taken=taken)
+            self.optimiser.zero_grad()
+            evidence = Evidence(units=units, minibatch=part, objective=self.objective, taken=taken)
             raise fault.seen_on(tuple(rows.tolist()), evidence) from None
-        yield record(extra_loss=extra, grad_norms=norms)
 
+    def _accumulate(self, units: Units, part: Minibatch, tokens: int | None) -> Seen:
+        return accumulate(self.policy, units, part, self.objective, micro_budget=tokens)
 
-def _added(
-    extra_loss: Callable[[int | None], Iterable[Tensor]],
-    rows: Int[Tensor, " M"],
-    backward: Callable[[int | None], Seen],
-    optimiser: Optimiser,
-    units: Units,
-    budget: MicroBudget | int | None,
-) -> float:
-    """Add the gradient of the extra loss to that of the minibatch, which is taken anew where memory runs out meanwhile."""
-    whole = True
+    def _passed(self, record: Callable[..., UpdateStep]) -> bool:
+        most = self.objective.settings.target_kl
+        return most is not None and not self.objective.critic_only and record().old_kl > most
 
-    def attempt(tokens: int | None) -> float:
-        nonlocal whole
-        if not whole:
-            backward(tokens)
-        whole = False
-        return add_loss(extra_loss(tokens), rows)
+    def _add_extra(
+        self, taken: int, rows: Int[Tensor, " M"], units: Units, backward: Callable[[int | None], Seen]
+    ) -> float:
+        """Add the extra loss's gradient to that of the minibatch, which is taken anew where memory runs out meanwhile."""
+        if self.extra_loss is None:
+            return 0.0
+        extra_loss, whole = self.extra_loss, True
 
-    return within_memory(budget, units.lengths, attempt, optimiser.zero_grad)
+        def attempt(tokens: int | None) -> float:
+            nonlocal whole
+            if not whole:
+                backward(tokens)
+            whole = False
+            return add_loss(extra_loss(taken, tokens), rows)
+
+        return within_memory(self.budget, units.lengths, attempt, self.optimiser.zero_grad)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,10 +339,6 @@ def _unit(advantages: Float[Tensor, " N"]) -> float:
         return 1.0
     deviation = float(masked_var(advantages)) ** 0.5
     return deviation if deviation > _LEAST_DEVIATION * float(advantages.abs().max()) else 1.0
-
-
-def _accumulate(policy: Policy, units: Units, part: Minibatch, objective: PPOObjective, tokens: int | None) -> Seen:
-    return accumulate(policy, units, part, objective, micro_budget=tokens)
 
 
 def _needed(exact: Tensor | None) -> Tensor:
