@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # what makes an installation out of date: the rest of the source is read where it lies
-INSTALLED = pyproject.toml constraints.txt hatch_build.py src/bridle/control/small.c src/bridle/native/compiling.py
+INSTALLED = pyproject.toml constraints.txt hatch_build.py $(wildcard src/bridle/*/*.[ch]) src/bridle/native/compiling.py
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: help quickstart test check clean

@@ -50,6 +50,18 @@ def test_what_was_built_from_another_source_is_not_opened(source: Path) -> None:
     assert load_library(foreign, source, FUNCTIONS, "told") is None
 
 
+def test_a_source_is_another_where_a_header_of_it_is(tmp_path: Path) -> None:
+    place, header = tmp_path / "twice.c", tmp_path / "types.h"
+    header.write_text("#include <stdint.h>\n")
+    place.write_text(TWICE.replace("<stdint.h>", '"types.h"'))
+    problem = compile_source(place, compiled_from(place))
+    if problem:
+        pytest.skip(f"not compiled: {problem}")
+    assert load_library(compiled_from(place), place, FUNCTIONS, "told").twice(3.0) == 6.0
+    header.write_text("#include <stdint.h>\ntypedef int64_t count;\n")
+    assert load_library(compiled_from(place), place, FUNCTIONS, "told") is None
+
+
 def test_every_source_is_known() -> None:
     """What is not in SOURCES would not be compiled on installing."""
     assert sorted(SOURCES) == sorted(SOURCES[0].parents[1].rglob("*.c"))

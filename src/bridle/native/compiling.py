@@ -6,6 +6,7 @@ python -m bridle.native.compiling      does it later, or again
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import zlib
 from pathlib import Path
 
-__all__ = ["SOURCES", "compile_source", "compiled_from"]
+__all__ = ["SOURCES", "checksum", "compile_source", "compiled_from"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = (_PACKAGE / "control" / "small.c", _PACKAGE / "language" / "layers.c")
@@ -36,6 +37,17 @@ def compiled_from(source: Path) -> Path:
     return source.with_name(f"_{source.stem}.so")
 
 
+def checksum(source: Path) -> int:
+    """CRC-32 of a source and the headers that it includes by name."""
+    return zlib.crc32(_whole(source))
+
+
+def _whole(source: Path) -> bytes:
+    own = source.read_bytes()
+    headers = re.findall(rb'^#include "(.+)"$', own, re.MULTILINE)
+    return own + b"".join(_whole(source.with_name(name.decode())) for name in headers)
+
+
 def compile_source(source: Path, place: Path) -> str | None:
     """Compile ``source`` to ``place``; return why not, or None.
 
@@ -51,7 +63,7 @@ def compile_source(source: Path, place: Path) -> str | None:
     fresh = place.with_suffix(f".{os.getpid()}.tmp")
     try:
         done = subprocess.run(
-            [*compiler, *_FLAGS, f"-DSOURCE={zlib.crc32(source.read_bytes())}", "-o", str(fresh), str(source), "-lm"],
+            [*compiler, *_FLAGS, f"-DSOURCE={checksum(source)}", "-o", str(fresh), str(source), "-lm"],
             capture_output=True,
             text=True,
             check=False,

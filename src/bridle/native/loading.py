@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from bridle.native.compiling import checksum as checksum_of
 
 __all__ = ["load_library"]
 
@@ -28,7 +29,7 @@ def load_library(place: Path, source: Path, functions: Mapping[str, tuple[Any, S
     except (OSError, AttributeError):  # built for another machine, or before it said of what
         return None
     told.restype = ctypes.c_int64
-    if told() != zlib.crc32(source.read_bytes()):
+    if told() != checksum_of(source):
         return None
     for name, (result, arguments) in functions.items():
         function = getattr(found, name)
