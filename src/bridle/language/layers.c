@@ -16,8 +16,9 @@
 
 #include "products.h"
 
+#include "attention.h"
+
 #define TILE 48  /* tokens at a time through what looks at one token alone */
-#define PAST 24  /* queries at a time over the keys before them */
 
 typedef struct {
   const float *weight; /* [out, in] */
@@ -38,7 +39,7 @@ typedef struct {
   float *y;
   float *qkv;  /* [texts, length, (heads + 2 key_heads) head], turned */
   float *read; /* [texts, length, heads head] */
-  float *sums; /* [texts, heads, length] log of the sum of exp(scores) */
+  float *sums; /* [texts, heads, 2, length] what attention keeps of each query's scores */
   float *h;    /* [texts, length, width] */
   float *gate_up; /* [texts, length, 2 padded hidden] */
   float *work;    /* see layer_work */
@@ -159,124 +160,19 @@ CLONES static void sum_rows(int64_t rows, int64_t n, const float *x, int64_t str
       for (int64_t j = 0; j < n; j++) sum[j] += x[j];
 }
 
-/* ---- attention of the heads that read one key head */
-
-/* Rows of scores, of which row i sees the first `before + i + 1`: exp(scale (s - the largest)), 0 after them up to `stop`;
-   their sums, and the logs of exp(scale s)'s. */
-CLONES static void weigh(int64_t rows, int64_t before, int64_t stop, float scale, float *s, int64_t wide, float *all,
-                         float *log_sum) {
-  const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  const vec nothing = (vec){0} - INFINITY;
-  for (int64_t i = 0; i < rows; i++, s += wide) {
-    const int64_t whole = (before + i) / 8 * 8; /* the last eight hold the last that is seen */
-    vec top = pick(lanes > (int32_t)(before + i - whole), nothing, *(vec *)(s + whole));
-    *(vec *)(s + whole) = top;
-    for (int64_t j = 0; j < whole; j += 8) {
-      const vec one = *(vec *)(s + j);
-      top = pick(one > top, one, top);
-    }
-    float most = top[0];
-    for (int k = 1; k < 8; k++) most = top[k] > most ? top[k] : most;
-    vec sum = {0};
-    for (int64_t j = 0; j <= whole; j += 8) {
-      const vec one = exp_of((*(vec *)(s + j) - most) * scale);
-      *(vec *)(s + j) = one;
-      sum += one;
-    }
-    for (int64_t j = whole + 8; j < stop; j += 8) *(vec *)(s + j) = (vec){0};
-    all[i] = sum_of(sum);
-    log_sum[i] = most * scale + logf(all[i]);
-  }
-}
-
-/* w = exp(scale s - log_sum) in place of s, and w o (d - through) scale of d; 0 after what row i sees. */
-CLONES static void weigh_back(int64_t rows, int64_t before, int64_t stop, float scale, const float *log_sum, const float *through,
-                              float *s, float *d, int64_t wide) {
-  const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  for (int64_t i = 0; i < rows; i++, s += wide, d += wide) {
-    const int64_t whole = (before + i) / 8 * 8;
-    const ints seen = lanes <= (int32_t)(before + i - whole);
-    for (int64_t j = 0; j <= whole; j += 8) {
-      const vec w = exp_of(*(vec *)(s + j) * scale - log_sum[i]);
-      *(vec *)(s + j) = w;
-      *(vec *)(d + j) = w * (*(vec *)(d + j) - through[i]) * scale;
-    }
-    *(vec *)(s + whole) = (vec)(seen & *(ints *)(s + whole));
-    *(vec *)(d + whole) = (vec)(seen & *(ints *)(d + whole));
-    for (int64_t j = whole + 8; j < stop; j += 8) *(vec *)(s + j) = *(vec *)(d + j) = (vec){0};
-  }
-}
-
-CLONES static void divide(int64_t n, float by, float *x) {
-  const float times = 1.0f / by;
-  for (int64_t i = 0; i < n; i += 8) *(vec *)(x + i) *= times;
-}
-
-CLONES static float dot(int64_t n, const float *x, const float *y) {
-  vec sum = {0};
-  for (int64_t i = 0; i < n; i += 8) sum += *(const vec *)(x + i) * *(const vec *)(y + i);
-  return sum_of(sum);
-}
-
-/* Columns to compute of packed keys: whole panels, or what there is. */
-INLINE int64_t covering(int64_t stop, int64_t length) { return least(padded(stop), length); }
-
-/* Room that attention needs: keys and values packed both ways, blocks of scores and of their slopes, and of queries. */
-static int64_t attention_room(const layer *l) {
-  return padded(l->length) * (3 * l->head + 2 * PAST) + 2 * PAST * padded(l->head);
-}
-
-/* softmax(scale q k^T) v of `l->heads / l->key_heads` heads; q, k and v of one text lie among its qkv. */
-static void attend(const layer *l, const float *q, const float *k, const float *v, float *read, float *sums, float *work) {
-  const int64_t length = l->length, head = l->head, wide = padded(length), group = l->heads / l->key_heads;
-  const int64_t stride = (l->heads + 2 * l->key_heads) * head, along = l->heads * head;
-  float *keys = work, *values = keys + wide * head, *scores = values + wide * head, all[PAST];
-  pack_turned(head, length, k, stride, keys);
-  pack(length, head, v, stride, values);
-  for (int64_t h = 0; h < group; h++, q += head, read += head, sums += length)
-    for (int64_t begin = 0; begin < length; begin += PAST) {
-      const int64_t rows = least(PAST, length - begin), stop = begin + rows;
-      float *to = read + begin * along;
-      product(rows, covering(stop, length), head, q + begin * stride, stride, 1, keys, head, scores, wide, 0);
-      weigh(rows, begin, stop, l->scale, scores, wide, all, sums + begin);
-      product(rows, head, stop, scores, wide, 1, values, length, to, along, 0);
-      for (int64_t i = 0; i < rows; i++) divide(head, all[i], to + i * along);
-    }
-}
-
-/* With w the weights and r what was read: dv = w^T dr, ds = w o (dr v^T - rowsum(dr o r)), dq = ds k scale, dk = ds^T q scale
-   (Dao et al. 2022, appendix B.2). The slopes of keys and values are added to. */
-static void attend_back(const layer *l, const float *q, const float *k, const float *v, const float *read, const float *slope,
-                        const float *sums, float *dq, float *dk, float *dv, float *work) {
-  const int64_t length = l->length, head = l->head, wide = padded(length), group = l->heads / l->key_heads;
-  const int64_t stride = (l->heads + 2 * l->key_heads) * head, along = l->heads * head;
-  float *keys = work, *values = keys + wide * head, *rows_of_keys = values + wide * head;
-  float *scores = rows_of_keys + wide * head, *d = scores + PAST * wide, *own = d + PAST * wide, through[PAST];
-  pack_turned(head, length, k, stride, keys);
-  pack_turned(head, length, v, stride, values);
-  pack(length, head, k, stride, rows_of_keys);
-  for (int64_t h = 0; h < group; h++, q += head, dq += head, read += head, slope += head, sums += length)
-    for (int64_t begin = 0; begin < length; begin += PAST) {
-      const int64_t rows = least(PAST, length - begin), stop = begin + rows, wanted = covering(stop, length);
-      const float *from = q + begin * stride, *down = slope + begin * along;
-      product(rows, wanted, head, from, stride, 1, keys, head, scores, wide, 0);
-      product(rows, wanted, head, down, along, 1, values, head, d, wide, 0);
-      for (int64_t i = 0; i < rows; i++) through[i] = dot(head, down + i * along, read + (begin + i) * along);
-      weigh_back(rows, begin, stop, l->scale, sums + begin, through, scores, d, wide);
-      product(rows, head, stop, d, wide, 1, rows_of_keys, length, dq + begin * stride, stride, 0);
-      pack(rows, head, from, stride, own);
-      product(stop, head, rows, d, 1, wide, own, rows, dk, stride, 1);
-      pack(rows, head, down, along, own);
-      product(stop, head, rows, scores, 1, wide, own, rows, dv, stride, 1);
-    }
-}
-
 /* ---- the layer */
 
 INLINE float *take(float **room, int64_t count) {
   float *found = *room;
   *room += padded(count);
   return found;
+}
+
+/* How attention finds a text's heads. */
+static sight sight_of(const layer *l) {
+  const int64_t queries = l->heads * l->head, keys = l->key_heads * l->head;
+  return (sight){.length = l->length, .head = l->head, .group = l->heads / l->key_heads, .stride = queries + 2 * keys,
+                 .along = queries, .scale = l->scale};
 }
 
 INLINE int64_t even(int64_t n) { return (n + 7) / 8 * 8; }
@@ -287,7 +183,7 @@ EXPORT int64_t layer_work(const layer *l) {
   const int64_t weights = width * (2 * padded(queries) + 2 * padded(keys) + 3 * hidden);
   const int64_t tile = TILE * (3 * width + 6 * hidden + padded(queries));
   const int64_t text = l->length * (padded(queries) + padded(queries + 2 * keys));
-  return weights + tile + text + attention_room(l) + 1024;
+  return weights + tile + text + attention_room(l->length, l->head) + 1024;
 }
 
 /* The checksum of this file and of its headers, as who compiled it says. */
@@ -363,6 +259,7 @@ EXPORT void layer_forward(const layer *l) {
   const int64_t stride = queries + 2 * keys, hidden = even(l->hidden), group = l->heads / l->key_heads;
   float *room = l->work;
   const panels p = pack_forth(l, &room);
+  const sight s = sight_of(l);
   for (int64_t text = 0; text < l->texts; text++) {
     const int64_t first = text * length, kept = l->keep ? first : 0;
     float *qkv = l->qkv + kept * stride, *read = l->read + kept * queries;
@@ -372,8 +269,8 @@ EXPORT void layer_forward(const layer *l) {
       turn_forth(rows, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, qkv + i * stride, stride);
     }
     for (int64_t h = 0; h < l->key_heads; h++)
-      attend(l, qkv + h * group * l->head, qkv + queries + h * l->head, qkv + queries + keys + h * l->head,
-             read + h * group * l->head, l->sums + (l->keep ? text : 0) * l->heads * length + h * group * length, room);
+      attend(&s, qkv + h * group * l->head, qkv + queries + h * l->head, qkv + queries + keys + h * l->head,
+             read + h * group * l->head, l->sums + 2 * ((l->keep ? text : 0) * l->heads + h * group) * length, room);
     for (int64_t i = 0; i < length; i += TILE)
       finish(l, &p, least(TILE, length - i), l->x + (first + i) * width, read + i * queries, l->h + (kept + i) * width,
              l->gate_up + (kept + (l->keep ? i : 0)) * 2 * hidden, l->y + (first + i) * width);
@@ -475,6 +372,7 @@ EXPORT void layer_backward(const layer *l, const float *slope, float *x_slope) {
   pack(l->hidden, width, l->gate.weight, width, gates);
   pack(l->hidden, width, l->up.weight, width, ups);
   pack(width, l->hidden, l->down.weight, l->hidden, down);
+  const sight s = sight_of(l);
   for (int64_t text = 0; text < l->texts; text++) {
     const int64_t first = text * length;
     const float *qkv = l->qkv + first * stride, *read = l->read + first * queries;
@@ -502,8 +400,8 @@ EXPORT void layer_backward(const layer *l, const float *slope, float *x_slope) {
     for (int64_t i = 0; i < length; i++) memset(qkv_slope + i * stride + queries, 0, sizeof(float) * 2 * keys);
     for (int64_t h = 0; h < l->key_heads; h++) {
       const int64_t of_query = h * group * l->head, of_key = queries + h * l->head, of_value = queries + keys + h * l->head;
-      attend_back(l, qkv + of_query, qkv + of_key, qkv + of_value, read + of_query, read_slope + of_query,
-                  l->sums + (text * l->heads + h * group) * length, qkv_slope + of_query, qkv_slope + of_key,
+      attend_back(&s, qkv + of_query, qkv + of_key, qkv + of_value, read + of_query, read_slope + of_query,
+                  l->sums + 2 * (text * l->heads + h * group) * length, qkv_slope + of_query, qkv_slope + of_key,
                   qkv_slope + of_value, room);
     }
     for (int64_t i = 0; i < length; i += TILE) {

@@ -191,7 +191,7 @@ class _Pass:
         rows = texts if keep else len(self._parts)
         queries = shape.heads * head
         stride, padded = queries + 2 * shape.key_heads * head, -(-hidden // 8) * 8
-        sizes = [length * size for size in (stride, queries, shape.heads, width, 2 * padded)]
+        sizes = [length * size for size in (stride, queries, 2 * shape.heads, width, 2 * padded)]
         self.kept = [x.new_empty(rows, size) for size in sizes] if kept is None else kept
         self._work = [x.new_empty(library.layer_work(self._own)) for _ in self._parts]
 

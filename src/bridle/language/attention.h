@@ -1,0 +1,360 @@
+/* Causal attention of the heads that read one key head, there and back, in float32: some queries at a time lie side by side in
+   vectors, and keys one after another, so that what is done to a query's scores is done in lanes and nothing is computed for
+   keys that none of them sees. Heads of eight have functions of their own: a head's numbers fill one vector. Not-a-number and
+   infinities go through. */
+
+#include <math.h>
+
+#define SIDE 16  /* queries side by side, of heads wider than eight */
+#define EIGHT for (int e = 0; e < 8; e++)
+#define LOG2_E 1.44269504088896341f
+
+/* How queries, keys and values of a text lie: a token's `stride` apart; what is read and its slopes `along` apart. */
+typedef struct {
+  int64_t length, head, group, stride, along; /* `group` heads side by side read the key head */
+  float scale;                                /* factor on the scores */
+} sight;
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* Eight rows of eight, turned over: to[k wide + i] = rows[i][k]. */
+INLINE void turn_over(const vec *rows, float *to, int64_t wide) {
+  vec a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = MIX(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = MIX(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = MIX(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * j + 1] = MIX(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int k = 0; k < 4; k++) {
+    *(vec *)(to + k * wide) = MIX(b[k], b[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *(vec *)(to + (k + 4) * wide) = MIX(b[k], b[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+/* to[k][i] = x[i stride + k] of up to SIDE rows; the rest is 0. */
+CLONES static void lay_across(int64_t rows, int64_t n, const float *x, int64_t stride, float *to) {
+  for (int64_t i = 0; i < SIDE; i += 8)
+    for (int64_t k = 0; k < n; k += 8) {
+      vec own[8];
+      for (int64_t r = 0; r < 8; r++) own[r] = i + r < rows ? *(const vec *)(x + (i + r) * stride + k) : (vec){0};
+      turn_over(own, to + k * SIDE + i, SIDE);
+    }
+}
+
+/* 2^x of what is not above 1, within 2e-7 of it; 0 below -126. Not-a-number comes through. */
+INLINE vec two_to(vec x) {
+  const vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f); /* 1.5 2^23: round(x) stands in its last bits */
+  const vec low = r * 6.9314700e-1f + 1.0f, high = r * 9.6715130e-3f + 5.5507336e-2f, square = r * r;
+  const vec p = ((square * 1.3264727e-3f + high) * r + 2.4022242e-1f) * square + low;
+  const vec y = p * (vec)(((bits)shifted << 23) + 0x3f800000u);
+  return (vec)((ints)y & ~(x < (vec){0} - 126.0f));
+}
+
+/* Which of eight queries, of which the first sees `first` keys of a block's diagonal, see key j of it. */
+INLINE ints seen_by(int64_t first, int64_t j) {
+  const ints lanes = {1, 2, 3, 4, 5, 6, 7, 8};
+  return lanes > (int32_t)(j - first);
+}
+
+/* Scores [keys][SIDE] of queries, of which query i sees the first `begin + i + 1`: 2^(scale (s - the largest)), 0 after them;
+   the largest, and 1 / the sum. */
+CLONES static void weigh(int64_t begin, int64_t keys, float scale, float *s, float *largest, float *share) {
+  const vec nothing = (vec){0} - INFINITY;
+  vec most[2] = {nothing, nothing}, sum[2] = {{0}, {0}};
+  for (int64_t k = 0; k < keys; k++)
+    for (int i = 0; i < 2; i++) {
+      vec one = *(const vec *)(s + k * SIDE + 8 * i);
+      if (k >= begin) one = pick(seen_by(8 * i, k - begin), one, nothing);
+      most[i] = pick(one > most[i], one, most[i]);
+    }
+  for (int64_t k = 0; k < begin; k++)
+    for (int i = 0; i < 2; i++) {
+      vec *at = (vec *)(s + k * SIDE + 8 * i);
+      sum[i] += *at = two_to((*at - most[i]) * scale);
+    }
+  for (int64_t k = begin; k < keys; k++)
+    for (int i = 0; i < 2; i++) {
+      vec *at = (vec *)(s + k * SIDE + 8 * i);
+      sum[i] += *at = (vec)(seen_by(8 * i, k - begin) & (ints)two_to((*at - most[i]) * scale));
+    }
+  for (int i = 0; i < 2; i++) *(vec *)(largest + 8 * i) = most[i], *(vec *)(share + 8 * i) = 1.0f / sum[i];
+}
+
+/* w = 2^(scale (s - largest)) share in place of s, and w o (d - through) of d; 0 after what query i sees. */
+CLONES static void weigh_back(int64_t begin, int64_t keys, float scale, const float *largest, const float *share,
+                              const float *through, float *s, float *d) {
+  vec most[2], part[2], less[2];
+  for (int i = 0; i < 2; i++) {
+    most[i] = *(const vec *)(largest + 8 * i), part[i] = *(const vec *)(share + 8 * i);
+    less[i] = *(const vec *)(through + 8 * i);
+  }
+  for (int64_t k = 0; k < begin; k++)
+    for (int i = 0; i < 2; i++) {
+      vec *at = (vec *)(s + k * SIDE + 8 * i), *slope = (vec *)(d + k * SIDE + 8 * i);
+      const vec w = two_to((*at - most[i]) * scale) * part[i];
+      *at = w;
+      *slope = w * (*slope - less[i]);
+    }
+  for (int64_t k = begin; k < keys; k++)
+    for (int i = 0; i < 2; i++) {
+      vec *at = (vec *)(s + k * SIDE + 8 * i), *slope = (vec *)(d + k * SIDE + 8 * i);
+      const ints seen = seen_by(8 * i, k - begin);
+      const vec w = two_to((*at - most[i]) * scale) * part[i];
+      *at = (vec)(seen & (ints)w);
+      *slope = (vec)(seen & (ints)(w * (*slope - less[i])));
+    }
+}
+
+/* C[rows, n] = A^T B, A [depth][SIDE], B packed with `tall` rows: eight of C at a time where panels are eight wide. */
+CLONES static void gather(int64_t rows, int64_t n, int64_t depth, const float *a, const float *b, int64_t tall, float *c,
+                          int64_t dc) {
+  for (int64_t j = 0; j < n; j += 16, b += 16 * tall)
+    for (int64_t i = 0; i < rows; i += 8)
+      if (n - j > 8) panel(2, least(8, rows - i), depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 16, 0);
+      else if (rows - i >= 8) block(8, 1, depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 8, 0);
+      else panel(1, rows - i, depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 8, 0);
+}
+
+/* Row i times by[i]. */
+CLONES static void stretch(int64_t rows, int64_t n, const float *by, float *x, int64_t stride) {
+  for (int64_t i = 0; i < rows; i++, x += stride)
+    for (int64_t j = 0; j < n; j += 8) *(vec *)(x + j) *= by[i];
+}
+
+/* sum over k of a[k][i] b[k][i]. */
+CLONES static void dots(int64_t n, const float *a, const float *b, float *to) {
+  vec sum[2] = {{0}, {0}};
+  for (int64_t k = 0; k < n; k++)
+    for (int i = 0; i < 2; i++) sum[i] += *(const vec *)(a + k * SIDE + 8 * i) * *(const vec *)(b + k * SIDE + 8 * i);
+  for (int i = 0; i < 2; i++) *(vec *)(to + 8 * i) = sum[i];
+}
+
+/* ---- the same of heads of eight: eight queries at a time, what is summed over them or over keys in registers */
+
+/* x_0 y[0] + ... + x_7 y[7], in two sums so that neither waits long. */
+INLINE vec product_of_eight(const vec *x, const float *y) {
+  vec one = x[0] * y[0], other = x[1] * y[1];
+  for (int e = 2; e < 8; e += 2) one += x[e] * y[e], other += x[e + 1] * y[e + 1];
+  return one + other;
+}
+
+/* Eight rows, of which `rows` are there, the rest 0. */
+INLINE void rows_of(int64_t rows, const float *x, int64_t stride, vec *to) {
+  EIGHT to[e] = e < rows ? *(const vec *)(x + e * stride) : (vec){0};
+}
+
+/* Scores [keys][8] of queries laid across, of which query i sees the first `begin + i + 1`, -inf after them; the largest. */
+CLONES static void narrow_scores(int64_t begin, int64_t keys, const float *queries, const float *k, float *s, float *largest) {
+  const vec nothing = (vec){0} - INFINITY;
+  vec q[8], most = nothing;
+  EIGHT q[e] = *(const vec *)(queries + 8 * e);
+  for (int64_t j = 0; j < keys; j++, k += 8, s += 8) {
+    vec one = product_of_eight(q, k);
+    if (j >= begin) one = pick(seen_by(0, j - begin), one, nothing);
+    *(vec *)s = one;
+    most = pick(one > most, one, most);
+  }
+  *(vec *)largest = most;
+}
+
+/* Of scores: what is read of `v`, as rows, and 1 / the sum of the weights. */
+CLONES static void narrow_read(int64_t rows, int64_t keys, const float *s, const float *largest, const float *v, float *share,
+                               float *read, int64_t along) {
+  const vec most = *(const vec *)largest;
+  vec all = {0}, sum[8], turned[8];
+  EIGHT sum[e] = (vec){0};
+  for (int64_t j = 0; j < keys; j++, s += 8, v += 8) {
+    const vec w = two_to(*(const vec *)s - most);
+    all += w;
+    EIGHT sum[e] += w * v[e];
+  }
+  all = 1.0f / all;
+  EIGHT sum[e] *= all;
+  turn_over(sum, (float *)turned, 8);
+  *(vec *)share = all;
+  for (int64_t e = 0; e < rows; e++) *(vec *)(read + e * along) = turned[e];
+}
+
+/* The weights again, [keys][8], 0 after what query i sees. */
+CLONES static void narrow_weights(int64_t begin, int64_t keys, const float *queries, const float *k, const float *largest,
+                                  const float *share, float *w) {
+  const vec most = *(const vec *)largest, part = *(const vec *)share;
+  vec q[8];
+  EIGHT q[e] = *(const vec *)(queries + 8 * e);
+  for (int64_t j = 0; j < keys; j++, k += 8, w += 8) {
+    const vec one = two_to(product_of_eight(q, k) - most) * part;
+    *(vec *)w = j < begin ? one : (vec)(seen_by(0, j - begin) & (ints)one);
+  }
+}
+
+/* w o (slope v^T - through), [keys][8]. */
+CLONES static void narrow_slopes(int64_t keys, const float *slopes, const float *v, const float *through, const float *w,
+                                 float *d) {
+  const vec less = *(const vec *)through;
+  vec own[8];
+  EIGHT own[e] = *(const vec *)(slopes + 8 * e);
+  for (int64_t j = 0; j < keys; j++, v += 8, w += 8, d += 8) {
+    *(vec *)d = *(const vec *)w * (product_of_eight(own, v) - less);
+  }
+}
+
+/* The rows of d^T k, times `by`. */
+CLONES static void narrow_gather(int64_t rows, int64_t keys, float by, const float *d, const float *k, float *to,
+                                 int64_t stride) {
+  vec sum[8], turned[8];
+  EIGHT sum[e] = (vec){0};
+  for (int64_t j = 0; j < keys; j++, d += 8, k += 8) {
+    const vec one = *(const vec *)d;
+    EIGHT sum[e] += one * k[e];
+  }
+  EIGHT sum[e] *= by;
+  turn_over(sum, (float *)turned, 8);
+  for (int64_t e = 0; e < rows; e++) *(vec *)(to + e * stride) = turned[e];
+}
+
+/* to[j] += sum over eight queries of w[j][i] x_i. */
+CLONES static void narrow_spread(int64_t rows, int64_t keys, const float *w, const float *x, int64_t stride, float *to) {
+  vec own[8];
+  rows_of(rows, x, stride, own);
+  for (int64_t j = 0; j < keys; j++, w += 8, to += 8) {
+    vec one = *(vec *)to, other = w[1] * own[1];
+    for (int e = 0; e < 8; e += 2) one += w[e] * own[e];
+    for (int e = 3; e < 8; e += 2) other += w[e] * own[e];
+    *(vec *)to = one + other;
+  }
+}
+
+/* Queries laid across, times scale log2 e. */
+CLONES static void narrow_queries(int64_t rows, float scale, const float *q, int64_t stride, float *to) {
+  vec own[8];
+  rows_of(rows, q, stride, own);
+  EIGHT own[e] *= scale * LOG2_E;
+  turn_over(own, to, 8);
+}
+
+/* Slopes laid across, and of each its product with what was read. */
+CLONES static void narrow_through(int64_t rows, const float *slope, const float *read, int64_t along, float *to, float *through) {
+  vec own[8], other[8], sum = {0};
+  rows_of(rows, slope, along, own), rows_of(rows, read, along, other);
+  EIGHT other[e] *= own[e];
+  turn_over(own, to, 8);
+  turn_over(other, (float *)own, 8);
+  EIGHT sum += own[e];
+  *(vec *)through = sum;
+}
+
+CLONES static void add_rows(int64_t rows, float by, const float *x, float *to, int64_t stride) {
+  for (int64_t i = 0; i < rows; i++, x += 8, to += stride) *(vec *)to += *(const vec *)x * by;
+}
+
+static void narrow_attend(const sight *l, const float *q, const float *k, const float *v, float *read, float *sums, float *work) {
+  const int64_t length = l->length, group = l->group, stride = l->stride, along = l->along;
+  float *keys = work, *values = keys + 8 * length, *scores = values + 8 * length, queries[64], most[8], share[8];
+  pack(length, 8, k, stride, keys);
+  pack(length, 8, v, stride, values);
+  for (int64_t h = 0; h < group; h++, q += 8, read += 8, sums += 2 * length)
+    for (int64_t begin = 0; begin < length; begin += 8) {
+      const int64_t rows = least(8, length - begin), stop = begin + rows;
+      narrow_queries(rows, l->scale, q + begin * stride, stride, queries);
+      narrow_scores(begin, stop, queries, keys, scores, most);
+      narrow_read(rows, stop, scores, most, values, share, read + begin * along, along);
+      memcpy(sums + begin, most, sizeof(float) * rows);
+      memcpy(sums + length + begin, share, sizeof(float) * rows);
+    }
+}
+
+static void narrow_back(const sight *l, const float *q, const float *k, const float *v, const float *read, const float *slope,
+                        const float *sums, float *dq, float *dk, float *dv, float *work) {
+  const int64_t length = l->length, group = l->group, stride = l->stride, along = l->along;
+  float *keys = work, *values = keys + 8 * length, *key_slopes = values + 8 * length, *value_slopes = key_slopes + 8 * length;
+  float *w = value_slopes + 8 * length, *d = w + 8 * length, across[64], most[8] = {0}, share[8] = {0}, through[8];
+  pack(length, 8, k, stride, keys);
+  pack(length, 8, v, stride, values);
+  memset(key_slopes, 0, sizeof(float) * 16 * length);
+  for (int64_t h = 0; h < group; h++, q += 8, dq += 8, read += 8, slope += 8, sums += 2 * length)
+    for (int64_t begin = 0; begin < length; begin += 8) {
+      const int64_t rows = least(8, length - begin), stop = begin + rows;
+      const float *from = q + begin * stride, *down = slope + begin * along;
+      memcpy(most, sums + begin, sizeof(float) * rows);
+      memcpy(share, sums + length + begin, sizeof(float) * rows);
+      narrow_queries(rows, l->scale, from, stride, across);
+      narrow_weights(begin, stop, across, keys, most, share, w);
+      narrow_through(rows, down, read + begin * along, along, across, through);
+      narrow_slopes(stop, across, values, through, w, d);
+      narrow_gather(rows, stop, l->scale, d, keys, dq + begin * stride, stride);
+      narrow_spread(rows, stop, d, from, stride, key_slopes);
+      narrow_spread(rows, stop, w, down, along, value_slopes);
+    }
+  add_rows(length, l->scale, key_slopes, dk, stride);
+  add_rows(length, 1.0f, value_slopes, dv, stride);
+}
+
+/* Room that attention needs, there or back. */
+static int64_t attention_room(int64_t length, int64_t head) { return length * (head + 3 * SIDE) + 5 * SIDE * head + 64; }
+
+/* softmax(scale q k^T) v of `l->heads / l->key_heads` heads; q, k and v of one text lie among its qkv. `sums` gets, for each
+   head, each query's largest score, and 1 / the sum of its weights beside that. */
+static void attend(const sight *l, const float *q, const float *k, const float *v, float *read, float *sums, float *work) {
+  if (l->head == 8) {
+    narrow_attend(l, q, k, v, read, sums, work);
+    return;
+  }
+  const int64_t length = l->length, head = l->head, group = l->group, stride = l->stride, along = l->along;
+  float *values = work, *queries = values + length * head, *scores = queries + SIDE * head, most[SIDE], share[SIDE];
+  pack(length, head, v, stride, values);
+  for (int64_t h = 0; h < group; h++, q += head, read += head, sums += 2 * length)
+    for (int64_t begin = 0; begin < length; begin += SIDE) {
+      const int64_t rows = least(SIDE, length - begin), stop = begin + rows;
+      lay_across(rows, head, q + begin * stride, stride, queries);
+      product(stop, SIDE, head, k, stride, 1, queries, head, scores, SIDE, 0);
+      weigh(begin, stop, l->scale * LOG2_E, scores, most, share);
+      memcpy(sums + begin, most, sizeof(float) * rows);
+      memcpy(sums + length + begin, share, sizeof(float) * rows);
+      gather(rows, head, stop, scores, values, length, read + begin * along, along);
+      stretch(rows, head, share, read + begin * along, along);
+    }
+}
+
+/* With w the weights and r what was read: dv = w^T dr, ds = w o (dr v^T - rowsum(dr o r)), dq = ds k scale, dk = ds^T q scale
+   (Dao et al. 2022, appendix B.2). The slopes of keys and values are added to. */
+static void attend_back(const sight *l, const float *q, const float *k, const float *v, const float *read, const float *slope,
+                        const float *sums, float *dq, float *dk, float *dv, float *work) {
+  if (l->head == 8) {
+    narrow_back(l, q, k, v, read, slope, sums, dq, dk, dv, work);
+    return;
+  }
+  const int64_t length = l->length, head = l->head, group = l->group, stride = l->stride, along = l->along;
+  float *keys = work, *queries = keys + length * head, *slopes = queries + SIDE * head, *own = slopes + SIDE * head;
+  float *scores = own + 2 * SIDE * head, *d = scores + SIDE * length, most[SIDE] = {0}, share[SIDE] = {0}, through[SIDE], scales[SIDE];
+  for (int i = 0; i < SIDE; i++) scales[i] = l->scale;
+  pack(length, head, k, stride, keys);
+  for (int64_t h = 0; h < group; h++, q += head, dq += head, read += head, slope += head, sums += 2 * length)
+    for (int64_t begin = 0; begin < length; begin += SIDE) {
+      const int64_t rows = least(SIDE, length - begin), stop = begin + rows;
+      const float *from = q + begin * stride, *down = slope + begin * along;
+      lay_across(rows, head, read + begin * along, along, queries);
+      lay_across(rows, head, down, along, slopes);
+      dots(head, slopes, queries, through);
+      lay_across(rows, head, from, stride, queries);
+      memcpy(most, sums + begin, sizeof(float) * rows);
+      memcpy(share, sums + length + begin, sizeof(float) * rows);
+      product(stop, SIDE, head, k, stride, 1, queries, head, scores, SIDE, 0);
+      product(stop, SIDE, head, v, stride, 1, slopes, head, d, SIDE, 0);
+      weigh_back(begin, stop, l->scale * LOG2_E, most, share, through, scores, d);
+      gather(rows, head, stop, d, keys, length, dq + begin * stride, stride);
+      stretch(rows, head, scales, dq + begin * stride, stride);
+      pack(rows, head, from, stride, own);
+      stretch(1, rows * head, scales, own, 0);
+      product(stop, head, rows, d, SIDE, 1, own, rows, dk, stride, 1);
+      pack(rows, head, down, along, own);
+      product(stop, head, rows, scores, SIDE, 1, own, rows, dv, stride, 1);
+    }
+}
