@@ -60,8 +60,10 @@ UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "
 
 
 def room_of(path: Path) -> str:
-    """The room a file of the package belongs to; the package's own __init__ is the room ``bridle``."""
+    """The room a file of the package belongs to; its own __init__ is the room ``bridle``, its __main__ the door of ``cli``."""
     first = path.relative_to(PACKAGE).parts[0]
+    if first == "__main__.py":
+        return "cli"
     return "bridle" if first == "__init__.py" else first.removesuffix(".py")
 
 

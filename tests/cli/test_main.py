@@ -334,6 +334,13 @@ def test_help_and_version(toy: ModuleType, bridle: Bridle) -> None:
     assert "runs [DIR]" in bridle("runs", "-h")[1]
 
 
+def test_python_m_bridle_is_the_same_command_line() -> None:
+    for words, code in ((["--version"], 0), (["nope"], 2)):
+        done = subprocess.run([sys.executable, "-m", "bridle", *words], check=False, capture_output=True, text=True)
+        assert done.returncode == code
+    assert done.stderr.startswith("bridle: nope is not a command")
+
+
 def test_a_missing_extra_is_one_line(bridle: Bridle, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}", name="transformers.models")
