@@ -35,6 +35,11 @@ CASES: list[Case] = [
     (2, 25, 24, 3, 3, 24, 33, False),
     (1, 121, 16, 4, 1, 8, 19, True),
     (17, 7, 24, 4, 2, 40, 20, False),
+    (1, 401, 8, 1, 1, 8, 12, True),  # learnt from in two parts, the second shorter
+    (35, 23, 16, 2, 1, 8, 24, True),  # several texts at a time, the last time fewer
+    (3, 65, 288, 6, 6, 48, 768, False),
+    (5, 41, 272, 5, 1, 64, 300, True),
+    (1, 50, 520, 13, 13, 40, 88, False),
 ]
 SHAPE: dict[str, float] = {"first_eps": 1e-5, "second_eps": 1e-3, "scale": 0.6}
 

@@ -19,6 +19,7 @@
 #include "attention.h"
 
 #define TILE 48  /* tokens at a time through what looks at one token alone */
+#define DEEP 192 /* tokens at least, where there are as many, that a weight's gradient is added to for at a time */
 
 typedef struct {
   const float *weight; /* [out, in] */
@@ -177,13 +178,22 @@ static sight sight_of(const layer *l) {
 
 INLINE int64_t even(int64_t n) { return (n + 7) / 8 * 8; }
 
+/* Texts at a time on the way back, and tokens of them at a time to learn from: DEEP or few more, less than twice as many. */
+static int64_t together(const layer *l) { return l->length < DEEP ? DEEP / l->length : 1; }
+static int64_t deepest(const layer *l) {
+  const int64_t rows = least(together(l), l->texts) * l->length;
+  return rows < 2 * DEEP ? rows : (rows + rows / DEEP - 1) / (rows / DEEP);
+}
+
 /* Numbers that `work` must hold, there or back. */
 EXPORT int64_t layer_work(const layer *l) {
   const int64_t queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = padded(l->hidden), width = padded(l->width);
   const int64_t weights = width * (2 * padded(queries) + 2 * padded(keys) + 3 * hidden);
-  const int64_t tile = TILE * (3 * width + 6 * hidden + padded(queries));
-  const int64_t text = l->length * (padded(queries) + padded(queries + 2 * keys));
-  return weights + tile + text + attention_room(l->length, l->head) + 1024;
+  const int64_t tile = TILE * (2 * width + 4 * hidden + padded(queries));
+  const int64_t text = least(together(l), l->texts) * l->length * (padded(queries) + padded(queries + 2 * keys));
+  const int64_t slopes = 2 * (width + hidden), turned = queries + 2 * keys;
+  const int64_t deep = deepest(l) * ((slopes > turned ? slopes : turned) + 32 + hidden + width + padded(queries));
+  return weights + tile + text + deep + attention_room(l->length, l->head) + 1024;
 }
 
 /* The checksum of this file and of its headers, as who compiled it says. */
@@ -200,12 +210,6 @@ static void apply(const linear *w, int64_t rows, int64_t in, int64_t out, int64_
                   const float *packed, float *c, int64_t dc, int add) {
   product(rows, filled, in, x, stride, 1, packed, in, c, dc, add);
   add_bias(rows, out, w->bias, c, dc);
-}
-
-/* The weight's gradient += slope^T x and the bias's += its sum; x is packed here, in `room`. */
-static void learn(const linear *w, int64_t rows, int64_t in, int64_t out, const float *slope, int64_t ds, const float *packed) {
-  if (w->weight_gradient) product(out, in, rows, slope, 1, ds, packed, rows, w->weight_gradient, in, 1);
-  sum_rows(rows, out, slope, ds, w->bias_gradient);
 }
 
 /* The weights, packed: of `x W^T`, and what one tile needs beside them. */
@@ -351,73 +355,128 @@ EXPORT void layer_step(const layer *l, float *keys, float *values, int64_t capac
   }
 }
 
+/* ---- back */
+
+/* The weights, packed: of `slope W`, what one tile needs beside them, and slopes and inputs of all tokens that are learnt
+   from at a time, packed too. */
+typedef struct {
+  float *query, *key, *value, *out, *gate, *up, *down, *n, *act, *d, *both, *slopes, *inputs;
+} panels_back;
+
+static panels_back pack_back(const layer *l, float **room) {
+  const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = even(l->hidden);
+  const int64_t slopes = 2 * (width + hidden), turned = queries + 2 * keys, deep = deepest(l);
+  panels_back p;
+  p.query = take(room, width * padded(queries)), p.key = take(room, width * padded(keys));
+  p.value = take(room, width * padded(keys)), p.out = take(room, queries * padded(width));
+  p.gate = take(room, width * padded(hidden)), p.up = take(room, width * padded(hidden));
+  p.down = take(room, hidden * padded(width));
+  p.n = take(room, TILE * width), p.act = take(room, TILE * hidden);
+  p.d = take(room, TILE * (hidden > width ? hidden : width)), p.both = take(room, TILE * 2 * hidden);
+  p.slopes = take(room, deep * ((slopes > turned ? slopes : turned) + 4 * HIGH));
+  p.inputs = take(room, deep * (padded(hidden) + padded(width) + padded(queries)));
+  pack(queries, width, l->query.weight, width, p.query);
+  pack(keys, width, l->key.weight, width, p.key);
+  pack(keys, width, l->value.weight, width, p.value);
+  pack(width, queries, l->out.weight, queries, p.out);
+  pack(l->hidden, width, l->gate.weight, width, p.gate);
+  pack(l->hidden, width, l->up.weight, width, p.up);
+  pack(width, l->hidden, l->down.weight, l->hidden, p.down);
+  return p;
+}
+
+/* Put a tile's slopes of x W^T down as rows at ... of `tall`, to learn from; the bias's gradient += their sum. */
+static void put_down(const linear *w, int64_t at, int64_t tall, int64_t rows, int64_t out, const float *slope, int64_t ds, float *to) {
+  if (w->weight_gradient) pack_high(at, tall, rows, out, slope, ds, to);
+  sum_rows(rows, out, slope, ds, w->bias_gradient);
+}
+
+/* The weight's gradient += slope^T x of what was put down. */
+static void learn(const linear *w, int64_t rows, int64_t in, int64_t out, const float *slope, const float *x) {
+  if (w->weight_gradient) deep_product(out, in, rows, slope, x, w->weight_gradient, in);
+}
+
+/* Of `rows` tokens from number `first` on: slopes of y to slopes of h, in the place of those of x, and of what was read. */
+static void finish_back(const layer *l, const panels_back *p, int64_t first, int64_t rows, const float *slope, float *x_slope,
+                        float *read_slope) {
+  const int64_t width = l->width, queries = l->heads * l->head, hidden = even(l->hidden);
+  float *of_y = p->slopes, *of_h = of_y + rows * (width + HIGH), *of_gate = of_h + rows * (width + HIGH);
+  float *of_up = of_gate + rows * (hidden + HIGH), *act = p->inputs, *read = act + rows * padded(hidden);
+  float *n = read + rows * padded(queries);
+  for (int64_t i = 0; i < rows; i += TILE) {
+    const int64_t tile = least(TILE, rows - i), at = first + i;
+    const float *h = l->h + at * width, *from = slope + at * width;
+    float *dh = x_slope + at * width;
+    product(tile, hidden, width, from, width, 1, p->down, width, p->d, hidden, 0);
+    gate_back(tile, hidden, l->gate_up + at * 2 * hidden, p->d, p->act, p->both);
+    norm(tile, width, l->second_eps, h, l->second_norm, p->n);
+    put_down(&l->down, i, rows, tile, width, from, width, of_y);
+    put_down(&l->gate, i, rows, tile, l->hidden, p->both, 2 * hidden, of_gate);
+    put_down(&l->up, i, rows, tile, l->hidden, p->both + hidden, 2 * hidden, of_up);
+    product(tile, width, l->hidden, p->both, 2 * hidden, 1, p->gate, l->hidden, p->d, width, 0);
+    product(tile, width, l->hidden, p->both + hidden, 2 * hidden, 1, p->up, l->hidden, p->d, width, 1);
+    memcpy(dh, from, sizeof(float) * tile * width);
+    norm_back(tile, width, l->second_eps, h, l->second_norm, p->d, dh, l->second_gradient);
+    product(tile, queries, width, dh, width, 1, p->out, width, read_slope + i * queries, queries, 0);
+    put_down(&l->out, i, rows, tile, width, dh, width, of_h);
+    pack_at(i, rows, tile, l->hidden, p->act, hidden, act);
+    pack_at(i, rows, tile, width, p->n, width, n);
+    pack_at(i, rows, tile, queries, l->read + at * queries, queries, read);
+  }
+  learn(&l->down, rows, l->hidden, width, of_y, act);
+  learn(&l->gate, rows, width, l->hidden, of_gate, n);
+  learn(&l->up, rows, width, l->hidden, of_up, n);
+  learn(&l->out, rows, queries, width, of_h, read);
+}
+
+/* Of the same tokens: slopes of queries, keys and values, turned back, to what they add to slopes of x. */
+static void project_back(const layer *l, const panels_back *p, int64_t first, int64_t rows, const float *slope, float *x_slope) {
+  const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, stride = queries + 2 * keys;
+  float *of_query = p->slopes, *of_key = of_query + rows * (queries + HIGH), *of_value = of_key + rows * (keys + HIGH);
+  for (int64_t i = 0; i < rows; i += TILE) {
+    const int64_t tile = least(TILE, rows - i);
+    const float *x = l->x + (first + i) * width, *own = slope + i * stride;
+    norm(tile, width, l->first_eps, x, l->first_norm, p->n);
+    put_down(&l->query, i, rows, tile, queries, own, stride, of_query);
+    put_down(&l->key, i, rows, tile, keys, own + queries, stride, of_key);
+    put_down(&l->value, i, rows, tile, keys, own + queries + keys, stride, of_value);
+    pack_at(i, rows, tile, width, p->n, width, p->inputs);
+    product(tile, width, queries, own, stride, 1, p->query, queries, p->d, width, 0);
+    product(tile, width, keys, own + queries, stride, 1, p->key, keys, p->d, width, 1);
+    product(tile, width, keys, own + queries + keys, stride, 1, p->value, keys, p->d, width, 1);
+    norm_back(tile, width, l->first_eps, x, l->first_norm, p->d, x_slope + (first + i) * width, l->first_gradient);
+  }
+  learn(&l->query, rows, width, queries, of_query, p->inputs);
+  learn(&l->key, rows, width, keys, of_key, p->inputs);
+  learn(&l->value, rows, width, keys, of_value, p->inputs);
+}
+
 /* Slopes of y, [texts, length, width], to slopes of x, and gradients of the weights. */
 EXPORT void layer_backward(const layer *l, const float *slope, float *x_slope) {
-  const int64_t length = l->length, width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head;
-  const int64_t stride = queries + 2 * keys, hidden = even(l->hidden), group = l->heads / l->key_heads;
+  const int64_t length = l->length, queries = l->heads * l->head, keys = l->key_heads * l->head, stride = queries + 2 * keys;
+  const int64_t group = l->heads / l->key_heads, texts = together(l), deep = deepest(l);
   float *room = l->work;
-  float *query = take(&room, width * padded(queries)), *key = take(&room, width * padded(keys));
-  float *value = take(&room, width * padded(keys)), *out = take(&room, queries * padded(width));
-  float *gates = take(&room, width * padded(hidden)), *ups = take(&room, width * padded(hidden));
-  float *down = take(&room, hidden * padded(width));
-  const int64_t widest = hidden > queries ? hidden : queries;
-  float *n = take(&room, TILE * width), *packed = take(&room, TILE * padded(widest > width ? widest : width));
-  float *act = take(&room, TILE * hidden), *d = take(&room, TILE * (hidden > width ? hidden : width));
-  float *both = take(&room, TILE * 2 * hidden);
-  float *read_slope = take(&room, length * queries), *qkv_slope = take(&room, length * stride);
-  pack(queries, width, l->query.weight, width, query);
-  pack(keys, width, l->key.weight, width, key);
-  pack(keys, width, l->value.weight, width, value);
-  pack(width, queries, l->out.weight, queries, out);
-  pack(l->hidden, width, l->gate.weight, width, gates);
-  pack(l->hidden, width, l->up.weight, width, ups);
-  pack(width, l->hidden, l->down.weight, l->hidden, down);
+  const panels_back p = pack_back(l, &room);
+  const int64_t most = least(texts, l->texts) * length;
   const sight s = sight_of(l);
-  for (int64_t text = 0; text < l->texts; text++) {
-    const int64_t first = text * length;
-    const float *qkv = l->qkv + first * stride, *read = l->read + first * queries;
-    for (int64_t i = 0; i < length; i += TILE) {
-      const int64_t rows = least(TILE, length - i);
-      const float *h = l->h + (first + i) * width, *gate_up = l->gate_up + (first + i) * 2 * hidden;
-      const float *from = slope + (first + i) * width;
-      float *dh = x_slope + (first + i) * width;
-      product(rows, hidden, width, from, width, 1, down, width, d, hidden, 0);
-      gate_back(rows, hidden, gate_up, d, act, both);
-      pack(rows, l->hidden, act, hidden, packed);
-      learn(&l->down, rows, l->hidden, width, from, width, packed);
-      norm(rows, width, l->second_eps, h, l->second_norm, n);
-      pack(rows, width, n, width, packed);
-      learn(&l->gate, rows, width, l->hidden, both, 2 * hidden, packed);
-      learn(&l->up, rows, width, l->hidden, both + hidden, 2 * hidden, packed);
-      product(rows, width, l->hidden, both, 2 * hidden, 1, gates, l->hidden, d, width, 0);
-      product(rows, width, l->hidden, both + hidden, 2 * hidden, 1, ups, l->hidden, d, width, 1);
-      memcpy(dh, from, sizeof(float) * rows * width);
-      norm_back(rows, width, l->second_eps, h, l->second_norm, d, dh, l->second_gradient);
-      product(rows, queries, width, dh, width, 1, out, width, read_slope + i * queries, queries, 0);
-      pack(rows, queries, read + i * queries, queries, packed);
-      learn(&l->out, rows, queries, width, dh, width, packed);
+  float *read_slope = take(&room, most * queries), *qkv_slope = take(&room, most * stride);
+  for (int64_t text = 0; text < l->texts; text += texts) {
+    const int64_t some = least(texts, l->texts - text), first = text * length, rows = some * length;
+    for (int64_t i = 0; i < rows; i += deep)
+      finish_back(l, &p, first + i, least(deep, rows - i), slope, x_slope, read_slope + i * queries);
+    for (int64_t i = 0; i < some; i++) {
+      const float *qkv = l->qkv + (first + i * length) * stride, *read = l->read + (first + i * length) * queries;
+      float *own = qkv_slope + i * length * stride, *down = read_slope + i * length * queries;
+      const int64_t at = (text + i) * l->turning;
+      for (int64_t j = 0; j < length; j++) memset(own + j * stride + queries, 0, sizeof(float) * 2 * keys);
+      for (int64_t h = 0; h < l->key_heads; h++) {
+        const int64_t of_query = h * group * l->head, of_key = queries + h * l->head, of_value = queries + keys + h * l->head;
+        attend_back(&s, qkv + of_query, qkv + of_key, qkv + of_value, read + of_query, down + of_query,
+                    l->sums + 2 * ((text + i) * l->heads + h * group) * length, own + of_query, own + of_key, own + of_value, room);
+      }
+      turn_back(length, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, own, stride);
     }
-    for (int64_t i = 0; i < length; i++) memset(qkv_slope + i * stride + queries, 0, sizeof(float) * 2 * keys);
-    for (int64_t h = 0; h < l->key_heads; h++) {
-      const int64_t of_query = h * group * l->head, of_key = queries + h * l->head, of_value = queries + keys + h * l->head;
-      attend_back(&s, qkv + of_query, qkv + of_key, qkv + of_value, read + of_query, read_slope + of_query,
-                  l->sums + 2 * (text * l->heads + h * group) * length, qkv_slope + of_query, qkv_slope + of_key,
-                  qkv_slope + of_value, room);
-    }
-    for (int64_t i = 0; i < length; i += TILE) {
-      const int64_t rows = least(TILE, length - i), at = text * l->turning + i * l->head;
-      const float *x = l->x + (first + i) * width;
-      float *own = qkv_slope + i * stride;
-      turn_back(rows, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, own, stride);
-      norm(rows, width, l->first_eps, x, l->first_norm, n);
-      pack(rows, width, n, width, packed);
-      learn(&l->query, rows, width, queries, own, stride, packed);
-      learn(&l->key, rows, width, keys, own + queries, stride, packed);
-      learn(&l->value, rows, width, keys, own + queries + keys, stride, packed);
-      product(rows, width, queries, own, stride, 1, query, queries, d, width, 0);
-      product(rows, width, keys, own + queries, stride, 1, key, keys, d, width, 1);
-      product(rows, width, keys, own + queries + keys, stride, 1, value, keys, d, width, 1);
-      norm_back(rows, width, l->first_eps, x, l->first_norm, d, x_slope + (first + i) * width, l->first_gradient);
-    }
+    for (int64_t i = 0; i < rows; i += deep)
+      project_back(l, &p, first + i, least(deep, rows - i), qkv_slope + i * stride, x_slope);
   }
 }

@@ -188,6 +188,7 @@ class _Pass:
             scale=shape.scale,
         )
         self._parts = _shares(texts, threads or torch.get_num_threads())
+        self._own.texts = max(map(len, self._parts), default=0)
         rows = texts if keep else len(self._parts)
         queries = shape.heads * head
         stride, padded = queries + 2 * shape.key_heads * head, -(-hidden // 8) * 8

@@ -82,18 +82,23 @@ CLONES static void product(int64_t m, int64_t n, int64_t depth, const float *a, 
     else panel(1, m, depth, a, da, dk, b, c + j, dc, n - j, add);
 }
 
-/* Pack B(k, j) = b[k db + j]; the last panel is 8 wide where no more columns are left, the rest of a panel 0. */
-CLONES static void pack(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+/* Pack B(k, j) = b[k db + j] as rows at ... at + depth - 1 of panels with `tall`; the last panel is 8 wide where no more
+   columns are left, the rest of a panel 0. */
+CLONES static void pack_at(int64_t at, int64_t tall, int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
   for (int64_t j = 0; j < n; j += 16) {
     const int64_t wide = n - j > 8 ? 16 : 8, columns = least(n - j, wide);
-    for (int64_t k = 0; k < depth; k++, to += wide) {
-      if (columns == 16) memcpy(to, b + k * db + j, 64);
-      else if (columns == 8) memcpy(to, b + k * db + j, 32);
+    float *row = to + wide * at;
+    for (int64_t k = 0; k < depth; k++, row += wide) {
+      if (columns == 16) memcpy(row, b + k * db + j, 64);
+      else if (columns == 8) memcpy(row, b + k * db + j, 32);
       else
-        for (int64_t i = 0; i < wide; i++) to[i] = i < columns ? b[k * db + j + i] : 0.0f;
+        for (int64_t i = 0; i < wide; i++) row[i] = i < columns ? b[k * db + j + i] : 0.0f;
     }
+    to += wide * tall;
   }
 }
+
+INLINE void pack(int64_t depth, int64_t n, const float *b, int64_t db, float *to) { pack_at(0, depth, depth, n, b, db, to); }
 
 /* Pack B(k, j) = b[j db + k]. */
 CLONES static void pack_turned(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
@@ -106,4 +111,34 @@ CLONES static void pack_turned(int64_t depth, int64_t n, const float *b, int64_t
         for (int64_t k = 0; k < depth; k++) to[k * wide + i] = 0.0f;
     to += wide * depth;
   }
+}
+
+/* Pack A(i, k) = a[k da + i] as rows at ... at + depth - 1 of panels of 6 columns i with `tall`: for sums over many rows, in
+   which rows as they lie would each be a page and fall into the same few lines of a cache. What is left of the last panel
+   is not written. */
+CLONES static void pack_high(int64_t at, int64_t tall, int64_t depth, int64_t m, const float *a, int64_t da, float *to) {
+  const int64_t whole = m / HIGH * HIGH;
+  for (int64_t first = 0; first < depth; first += 8) { /* few rows, that their lines stay until all panels have theirs */
+    const int64_t rows = least(8, depth - first);
+    for (int64_t i = 0; i < m; i += HIGH) {
+      const float *from = a + first * da + i;
+      float *row = to + i * tall + HIGH * (at + first);
+      if (i < whole)
+        for (int64_t k = 0; k < rows; k++, row += HIGH, from += da) {
+          *(four *)row = *(const four *)from;
+          row[4] = from[4], row[5] = from[5];
+        }
+      else
+        for (int64_t k = 0; k < rows; k++, row += HIGH, from += da)
+          for (int64_t j = 0; j < m - i; j++) row[j] = from[j];
+    }
+  }
+}
+
+/* C[m, n] += A B of a whole depth, A packed by pack_high and B into panels. */
+CLONES static void deep_product(int64_t m, int64_t n, int64_t depth, const float *a, const float *b, float *c, int64_t dc) {
+  for (int64_t j = 0; j < n; j += 16, b += 16 * depth)
+    for (int64_t i = 0; i < m; i += HIGH)
+      if (n - j > 8) panel(2, least(HIGH, m - i), depth, a + i * depth, 1, HIGH, b, c + i * dc + j, dc, least(n - j, 16), 1);
+      else panel(1, least(HIGH, m - i), depth, a + i * depth, 1, HIGH, b, c + i * dc + j, dc, n - j, 1);
 }
