@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class CustomBuildHook(BuildHookInterface):
-    """Builds a library beside each source; without them Bridle works all the same, small networks more slowly."""
+    """Builds a library beside each source; without them Bridle works all the same, some networks more slowly."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; a wheel that holds the result is for this kind of machine."""
@@ -22,7 +22,7 @@ class CustomBuildHook(BuildHookInterface):
             library = compiling.compiled_from(source)
             problem = compiling.compile_source(source, library)
             if problem:
-                self.app.display_warning(f"{source.name} is not compiled, small networks will be slower: {problem}")
+                self.app.display_warning(f"{source.name} is not compiled, some networks will be slower: {problem}")
                 continue
             build_data["artifacts"].append(str(library.relative_to(self.root)))
             build_data["pure_python"] = False

@@ -23,14 +23,15 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from bridle.control import compiled
+from bridle.control import compiled, convolutions
 from bridle.control.collect import Collector, Rollout
 from bridle.control.environments import World
 from bridle.control.evaluate import EvaluationSettings, evaluate
 from bridle.control.evidence import units_to
+from bridle.control.images import NatureCNN
 from bridle.control.making import GivenWorld, WorldSettings, is_atari, make_world
 from bridle.control.networks import NetworkSettings, build_policy
-from bridle.control.policy import Sequences, Transitions
+from bridle.control.policy import ControlPolicy, Sequences, Transitions
 from bridle.control.prepare import prepare
 from bridle.control.saved import Agent, load_policy, save_policy
 from bridle.control.small import SmallActorCritic
@@ -205,7 +206,7 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
         sources = of_world(given, config.world, config.network.factory)
         with place.session(config, sources) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
-            if isinstance(policy, SmallActorCritic) and compiled.library is None:
+            if _runs_plainly(policy):
                 session.say("networks run without compiled code, slower; python -m bridle.native.compiling builds it")
             if isinstance(acted.actions, BoxActions):
                 session.leave_out("entropy_collapse")  # a density's entropy has no floor
@@ -217,6 +218,13 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
             with session.run.export("policy") as folder:
                 save_policy(folder, learner.agent, config.network, env=config.env)
     return session.run.path
+
+
+def _runs_plainly(policy: ControlPolicy) -> bool:
+    """Whether there is compiled code for some of a policy's networks, but none was built."""
+    looks = any(isinstance(module, NatureCNN) for module in policy.modules())
+    small = isinstance(policy, SmallActorCritic)
+    return (small and compiled.library is None) or (looks and convolutions.library is None)
 
 
 def _train(config: ControlConfig, learner: Learner, collector: Collector, judge: World, session: Session) -> None:

@@ -17,7 +17,11 @@ from pathlib import Path
 __all__ = ["SOURCES", "checksum", "compile_source", "compiled_from"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = (_PACKAGE / "control" / "small.c", _PACKAGE / "language" / "layers.c")
+SOURCES = (
+    _PACKAGE / "control" / "small.c",
+    _PACKAGE / "language" / "layers.c",
+    _PACKAGE / "control" / "convolutions.c",
+)
 """What there is to compile; each is a library of its own."""
 
 _FLAGS = (
