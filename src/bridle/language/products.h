@@ -100,15 +100,40 @@ CLONES static void pack_at(int64_t at, int64_t tall, int64_t depth, int64_t n, c
 
 INLINE void pack(int64_t depth, int64_t n, const float *b, int64_t db, float *to) { pack_at(0, depth, depth, n, b, db, to); }
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* to[k high + i] = from[i along + k], i and k < 8. */
+INLINE void turn_eight(const float *from, int64_t along, float *to, int64_t high) {
+  vec a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = *(const vec *)(from + i * along);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = SHUFFLE(a[i], a[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    b[i + 1] = SHUFFLE(a[i], a[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = i; j < i + 2; j++) {
+      a[j] = SHUFFLE(b[j], b[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[j + 2] = SHUFFLE(b[j], b[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    *(vec *)(to + i * high) = SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *(vec *)(to + (i + 4) * high) = SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 /* Pack B(k, j) = b[j db + k]. */
 CLONES static void pack_turned(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+  const int64_t whole = depth / 8 * 8;
   for (int64_t j = 0; j < n; j += 16) {
-    const int64_t wide = n - j > 8 ? 16 : 8, columns = least(n - j, wide);
+    const int64_t wide = n - j > 8 ? 16 : 8, columns = least(n - j, wide), turned = columns / 8 * 8;
+    for (int64_t i = 0; i < turned; i += 8)
+      for (int64_t k = 0; k < whole; k += 8) turn_eight(b + (j + i) * db + k, db, to + k * wide + i, wide);
     for (int64_t i = 0; i < wide; i++)
-      if (i < columns)
-        for (int64_t k = 0; k < depth; k++) to[k * wide + i] = b[(j + i) * db + k];
-      else
-        for (int64_t k = 0; k < depth; k++) to[k * wide + i] = 0.0f;
+      for (int64_t k = i < turned ? whole : 0; k < depth; k++) to[k * wide + i] = i < columns ? b[(j + i) * db + k] : 0.0f;
     to += wide * depth;
   }
 }
