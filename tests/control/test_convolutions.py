@@ -182,11 +182,14 @@ def test_frozen_weights_get_no_gradient() -> None:
 def test_a_weight_that_is_nan_shows(place: int) -> None:
     """max(0, NaN) may be 0: a fault would be lost on its way to whoever looks for it."""
     layers, images = stack(4, NATURE), bytes_of(3, 4, 40, 40)
+    parameters = list(layers.parameters())
     with torch.no_grad():
-        list(layers.parameters())[place].view(-1)[0] = math.nan
-        features = found(layers, images)
-    assert torch.equal(features.isnan(), layers(images.float() / 255).isnan())
+        parameters[place].view(-1)[0] = math.nan
+    features, expected = found(layers, images), layers(images.float() / 255)
     assert bool(features.isnan().any())
+    assert torch.equal(features.isnan(), expected.isnan())
+    for mine, theirs in zip(*(torch.autograd.grad(f.sum(), parameters) for f in (features, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def test_slopes_that_are_nan_show() -> None:
