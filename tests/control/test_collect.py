@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bridle.control.actor_critic import ActorCritic
+from bridle.control.actor_critic import ActorCritic, ImageActorCritic
 from bridle.control.collect import Collector, Episode, Rollout, Stop
 from bridle.control.heads import CategoricalHead
 from bridle.control.making import WorldSettings, make_world
@@ -31,7 +31,11 @@ class Reading(nn.Module):
 
 
 class ReadingImages(nn.Module):
-    """The same, read off the first pixel, and checked against all that is shown beside it."""
+    """The same times ``worth``, read off the first pixel, and checked against all that is shown beside it."""
+
+    def __init__(self, worth: float = 1.0) -> None:
+        super().__init__()
+        self.worth = worth
 
     def forward(self, seen: Observations) -> Tensor:
         (image,) = seen.images
@@ -45,7 +49,7 @@ class ReadingImages(nn.Module):
             assert torch.equal(100 * digits[0] + 10 * digits[1] + digits[2], number.long())
             assert torch.equal(exact, torch.stack([number, t], dim=1))
             assert torch.equal(times.argmax(1), t.long() % 5)
-        return (number + t / 8)[:, None]
+        return self.worth * (number + t / 8)[:, None]
 
 
 class Blind(nn.Module):
@@ -58,7 +62,9 @@ class Blind(nn.Module):
 def reading_policy(env: str = "Counter") -> ActorCritic:
     if env == "Counter":
         return ActorCritic(actor=nn.Linear(2, 2), critic=Reading(), head=CategoricalHead())
-    policy = ActorCritic(actor=Blind(), critic=ReadingImages(), head=CategoricalHead())
+    # of images alone values are said while acting, of the others afterwards
+    kind = ImageActorCritic if env == "ImageCounter" else ActorCritic
+    policy = kind(actor=Blind(), critic=ReadingImages(), head=CategoricalHead())
     policy.register_parameter("unused", nn.Parameter(torch.zeros(())))
     return policy
 
@@ -102,6 +108,34 @@ def test_values_of_true_successors_in_every_autoreset_mode(mode: str, n_steps: i
             end = 8 * t + 1 == 1 + number % 5
             assert terminated == (end and number % 2 == 1)
             assert truncated == (end and number % 2 == 0)
+
+
+@pytest.mark.parametrize("missing", [[], [4], [0, 5], [0, 1, 2, 3, 4, 5]])
+def test_a_mask_selects_what_it_says(missing: list[int]) -> None:
+    vector, image = torch.arange(12.0).view(2, 3, 2), torch.arange(6, dtype=torch.uint8).view(2, 3, 1, 1, 1)
+    mask = torch.tensor([place not in missing for place in range(6)]).view(2, 3)
+    found = Observations(vector=vector, images=(image,), mask=mask[..., None]).select(mask)
+    left = [place for place in range(6) if place not in missing]
+    assert found.vector.tolist() == [[2.0 * place, 2.0 * place + 1] for place in left]
+    assert found.images[0].shape == (len(left), 1, 1, 1)
+    assert found.images[0].flatten().tolist() == left
+    assert found.mask is not None
+    assert bool(found.mask.all())
+
+
+def test_values_said_while_acting_serve_until_the_critic_has_learnt() -> None:
+    collector, policy = counter("next_step", 9, env="ImageCounter"), reading_policy("ImageCounter")
+    rollout = collector.collect(policy, None, seed=5, step=1)
+    collector.world.close()
+    asked = dataclasses.replace(rollout, values=None)
+    before, said = (trajectories(one, policy, None) for one in (asked, rollout))
+    assert rollout.values is not None
+    assert torch.equal(said.values, before.values)
+    assert torch.equal(said.next_values, before.next_values)
+    policy.critic = ReadingImages(worth=2.0)
+    assert torch.equal(prepare(rollout, policy, None, AdvantageSettings()).old_value, rollout.values[rollout.mask])
+    anew = prepare(rollout, policy, None, AdvantageSettings(), anew=True)
+    assert torch.equal(anew.old_value, 2 * rollout.values[rollout.mask])
 
 
 def test_episodes_span_rollouts_and_are_told_once() -> None:

@@ -67,6 +67,8 @@ class Rollout:
     """[B, T] or [B, T, A]: the policy's own actions, before squashing and clipping."""
     sampler_logp: Float[Tensor, "B T"]
     """[B, T] log-probability of each action under the distribution it was drawn from, nats."""
+    values: Float[Tensor, "B T"] | None
+    """[B, T] V of what was acted on, as the policy that acted found it on the way; None where it did not."""
     rewards: Float[Tensor, "B T"]
     """[B, T] the environment's own rewards."""
     terminated: Bool[Tensor, "B T"]
@@ -265,6 +267,7 @@ class Collector:
             observations=Observations.stack(shown, dim=1),
             actions=acting.actions(),
             sampler_logp=acting.logp(),
+            values=acting.values(),
             rewards=_columns([s.rewards for s in steps]).float(),
             terminated=_columns([s.terminated for s in steps]),
             truncated=truncated,

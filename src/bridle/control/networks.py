@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from bridle.control.actor_critic import ActorCritic
+from bridle.control.actor_critic import ActorCritic, ImageActorCritic
 from bridle.control.heads import BernoulliHead, CategoricalHead, GaussianHead, MultiCategoricalHead
 from bridle.control.images import NATURE_WIDTH, ImageEncoder
 from bridle.control.policy import ControlPolicy
@@ -167,7 +167,7 @@ def _on_images(
         trunk = encoder()
         actor = perceptron((trunk.width, width), settings.activation, output_gain=0.01)
         critic = perceptron((trunk.width, 1), settings.activation, output_gain=1.0)
-        return ActorCritic(trunk=trunk, actor=actor, critic=critic, head=head)
+        return ImageActorCritic(trunk=trunk, actor=actor, critic=critic, head=head)
     own, other = encoder(), encoder()
     actor = nn.Sequential(own, perceptron((own.width, width), settings.activation, output_gain=0.01))
     critic = nn.Sequential(other, perceptron((other.width, 1), settings.activation, output_gain=1.0))

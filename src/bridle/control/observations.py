@@ -34,7 +34,10 @@ class Observations:
         return self if self.images else self.vector
 
     def select(self, index: Int[Tensor, " M"] | Bool[Tensor, "*n"] | slice) -> Self:
-        """Return what stands at ``index``: positions in the first dimension, a stretch of it, or a mask over leading ones."""
+        """Return what stands at ``index``: positions in the first dimension, a stretch of it, or a mask over leading ones.
+
+        A stretch shares memory with this, and so may what a mask selects.
+        """
         return type(self)(
             vector=pick(self.vector, index),
             images=tuple(pick(image, index) for image in self.images),
@@ -99,10 +102,14 @@ class Observations:
 
 
 def pick(tensor: Tensor, index: Int[Tensor, " M"] | Bool[Tensor, "*n"] | slice) -> Tensor:
-    """Return ``tensor[index]``; by rows where it can be, which for images is ten times as fast."""
-    if isinstance(index, Tensor) and index.dtype is torch.int64:
-        return tensor.index_select(0, index)
-    return tensor[index]
+    """Return ``tensor[index]``: by rows, which for images is ten times as fast, and as it is where a mask says all."""
+    if isinstance(index, slice):
+        return tensor[index]
+    if index.dtype is torch.bool:
+        tensor, index = tensor.flatten(0, index.ndim - 1), index.flatten().nonzero()[:, 0]
+        if len(index) == len(tensor):
+            return tensor
+    return tensor.index_select(0, index)
 
 
 def _all(masks: list[Tensor | None], join: Callable[[list[Tensor]], Tensor]) -> Tensor | None:

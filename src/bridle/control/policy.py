@@ -101,6 +101,8 @@ class Acted:
     """[n] log-probability of each under the distribution it was drawn from, nats."""
     state: Float[Tensor, "n S"] | None
     """[n, S] the memory after these states; None without one."""
+    value: Float[Tensor, " n"] | None = None
+    """[n] V of these states, in units of return, where it is found on the way; None where it would take a pass of its own."""
 
 
 class Acting:
@@ -125,6 +127,11 @@ class Acting:
     def logp(self) -> Float[Tensor, "n T"]:
         """[n, T] log-probability of each under the distribution that it was drawn from, nats."""
         return torch.stack([acted.logp for acted in self._acted], dim=1).cpu()
+
+    def values(self) -> Float[Tensor, "n T"] | None:
+        """[n, T] V of the states acted in, in units of return; None where acting does not find it on the way."""
+        found = [acted.value for acted in self._acted if acted.value is not None]
+        return torch.stack(found, dim=1).cpu() if found and len(found) == len(self._acted) else None
 
 
 class ControlPolicy(nn.Module, ABC):

@@ -27,7 +27,7 @@ _MOST_IMAGES = 1024
 def trajectories(
     rollout: Rollout, policy: ControlPolicy, moments: Moments | None, *, rewards: Float[Tensor, "B T"] | None = None
 ) -> Trajectories:
-    """Evaluate V(s_t) and V of the true successors, all states in one batched call.
+    """Evaluate V(s_t) and V of the true successors, all states in one batched call; what acting has found is taken over.
 
     The successor of a step is the next column's state, except where the episode was truncated: there it is the state
     that was cut off, and where it terminated it counts for nothing. ``rewards`` stand in for the rollout's own.
@@ -35,13 +35,15 @@ def trajectories(
     B, T = rollout.mask.shape
     # the critic asks for no mask
     shown, last_shown = (o.with_mask(None) for o in (rollout.observations, rollout.last))
-    states = normalise(Observations.cat([shown.flatten(), last_shown, rollout.cut]), moments)
-    memory = rollout.memory
+    memory, values = rollout.memory, rollout.values
+    asked = [last_shown, rollout.cut] if values is not None else [shown.flatten(), last_shown, rollout.cut]
+    states = normalise(Observations.cat(asked), moments)
     state = None if memory is None else torch.cat([memory.before.flatten(0, 1), memory.last, memory.cut])
-    found = _values(policy, states, state).float().cpu()
-    values, last = found[: B * T].view(B, T), found[B * T : B * T + B]
-    next_values = torch.cat([values[:, 1:], last[:, None]], dim=1)
-    next_values[rollout.truncated] = found[B * T + B :]
+    found = _values(policy, states, None if state is None else state[-len(states) :]).float().cpu()
+    if values is None:
+        values, found = found[: B * T].view(B, T), found[B * T :]
+    next_values = torch.cat([values[:, 1:], found[:B, None]], dim=1)
+    next_values[rollout.truncated] = found[B:]
     return Trajectories(
         rewards=rollout.rewards if rewards is None else rewards,
         values=values,
@@ -72,7 +74,7 @@ def prepare(
         anew: the policy has learnt since it collected, so that its memory would hold something else by now.
     """
     if anew:
-        rollout = remembered_anew(rollout, policy, moments)
+        rollout = replace(remembered_anew(rollout, policy, moments), values=None)
     seen = trajectories(rollout, policy, moments, rewards=rewards)
     advantages, returns = estimate(seen, settings)
     mask = rollout.mask
