@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 
 from bridle.core.moments import Moments
 from bridle.language.attention import attend_narrowly
+from bridle.language.backbones import join_layers
 from bridle.language.causal import CausalModel
 from bridle.language.collect import PromptTokens, collect
 from bridle.language.policy import LanguagePolicy, critic_from_actor, value_head
@@ -77,7 +78,7 @@ class Step:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         network = actor_of(name)
         if not options.plain:
-            quicken(attend_narrowly(network))
+            join_layers(quicken(attend_narrowly(network)))
         actor = CausalModel(network)
         critic: Any = value_head(actor.width) if options.critic == "trunk" else critic_from_actor(network)
         self.reference = copy.deepcopy(actor).requires_grad_(False)
@@ -85,7 +86,7 @@ class Step:
             actor, critic, temperature=1.0, reference=self.reference, compute_dtype=getattr(torch, options.dtype)
         ).eval()
         judge = judge_of(network)
-        self.scorer = RewardModelScorer(judge if options.plain else quicken(judge))
+        self.scorer = RewardModelScorer(judge if options.plain else join_layers(quicken(judge)))
         self.sampler = embedded_sampler(
             actor, (), value_head=critic if options.critic == "trunk" else None, computing=self.policy.computing
         )

@@ -11,7 +11,8 @@
 
 /* How queries, keys and values of a text lie: a token's `stride` apart; what is read and its slopes `along` apart. */
 typedef struct {
-  int64_t length, head, group, stride, along; /* `group` heads side by side read the key head */
+  int64_t length, begin, end; /* queries begin ... end - 1 are asked for, of `length` */
+  int64_t head, group, stride, along; /* `group` heads side by side read the key head */
   float scale;                                /* factor on the scores */
 } sight;
 
@@ -256,13 +257,13 @@ CLONES static void add_rows(int64_t rows, float by, const float *x, float *to, i
 }
 
 static void narrow_attend(const sight *l, const float *q, const float *k, const float *v, float *read, float *sums, float *work) {
-  const int64_t length = l->length, group = l->group, stride = l->stride, along = l->along;
+  const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, along = l->along;
   float *keys = work, *values = keys + 8 * length, *scores = values + 8 * length, queries[64], most[8], share[8];
-  pack(length, 8, k, stride, keys);
-  pack(length, 8, v, stride, values);
+  pack(end, 8, k, stride, keys);
+  pack(end, 8, v, stride, values);
   for (int64_t h = 0; h < group; h++, q += 8, read += 8, sums += 2 * length)
-    for (int64_t begin = 0; begin < length; begin += 8) {
-      const int64_t rows = least(8, length - begin), stop = begin + rows;
+    for (int64_t begin = l->begin; begin < end; begin += 8) {
+      const int64_t rows = least(8, end - begin), stop = begin + rows;
       narrow_queries(rows, l->scale, q + begin * stride, stride, queries);
       narrow_scores(begin, stop, queries, keys, scores, most);
       narrow_read(rows, stop, scores, most, values, share, read + begin * along, along);
@@ -273,15 +274,15 @@ static void narrow_attend(const sight *l, const float *q, const float *k, const 
 
 static void narrow_back(const sight *l, const float *q, const float *k, const float *v, const float *read, const float *slope,
                         const float *sums, float *dq, float *dk, float *dv, float *work) {
-  const int64_t length = l->length, group = l->group, stride = l->stride, along = l->along;
+  const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, along = l->along;
   float *keys = work, *values = keys + 8 * length, *key_slopes = values + 8 * length, *value_slopes = key_slopes + 8 * length;
   float *w = value_slopes + 8 * length, *d = w + 8 * length, across[64], most[8] = {0}, share[8] = {0}, through[8];
-  pack(length, 8, k, stride, keys);
-  pack(length, 8, v, stride, values);
+  pack(end, 8, k, stride, keys);
+  pack(end, 8, v, stride, values);
   memset(key_slopes, 0, sizeof(float) * 16 * length);
   for (int64_t h = 0; h < group; h++, q += 8, dq += 8, read += 8, slope += 8, sums += 2 * length)
-    for (int64_t begin = 0; begin < length; begin += 8) {
-      const int64_t rows = least(8, length - begin), stop = begin + rows;
+    for (int64_t begin = l->begin; begin < end; begin += 8) {
+      const int64_t rows = least(8, end - begin), stop = begin + rows;
       const float *from = q + begin * stride, *down = slope + begin * along;
       memcpy(most, sums + begin, sizeof(float) * rows);
       memcpy(share, sums + length + begin, sizeof(float) * rows);
@@ -293,8 +294,8 @@ static void narrow_back(const sight *l, const float *q, const float *k, const fl
       narrow_spread(rows, stop, d, from, stride, key_slopes);
       narrow_spread(rows, stop, w, down, along, value_slopes);
     }
-  add_rows(length, l->scale, key_slopes, dk, stride);
-  add_rows(length, 1.0f, value_slopes, dv, stride);
+  add_rows(end, l->scale, key_slopes, dk, stride);
+  add_rows(end, 1.0f, value_slopes, dv, stride);
 }
 
 /* Room that attention needs, there or back. */
@@ -307,18 +308,18 @@ static void attend(const sight *l, const float *q, const float *k, const float *
     narrow_attend(l, q, k, v, read, sums, work);
     return;
   }
-  const int64_t length = l->length, head = l->head, group = l->group, stride = l->stride, along = l->along;
+  const int64_t length = l->length, end = l->end, head = l->head, group = l->group, stride = l->stride, along = l->along;
   float *values = work, *queries = values + length * head, *scores = queries + SIDE * head, most[SIDE], share[SIDE];
-  pack(length, head, v, stride, values);
+  pack(end, head, v, stride, values);
   for (int64_t h = 0; h < group; h++, q += head, read += head, sums += 2 * length)
-    for (int64_t begin = 0; begin < length; begin += SIDE) {
-      const int64_t rows = least(SIDE, length - begin), stop = begin + rows;
+    for (int64_t begin = l->begin; begin < end; begin += SIDE) {
+      const int64_t rows = least(SIDE, end - begin), stop = begin + rows;
       lay_across(rows, head, q + begin * stride, stride, queries);
       product(stop, SIDE, head, k, stride, 1, queries, head, scores, SIDE, 0);
       weigh(begin, stop, l->scale * LOG2_E, scores, most, share);
       memcpy(sums + begin, most, sizeof(float) * rows);
       memcpy(sums + length + begin, share, sizeof(float) * rows);
-      gather(rows, head, stop, scores, values, length, read + begin * along, along);
+      gather(rows, head, stop, scores, values, end, read + begin * along, along);
       stretch(rows, head, share, read + begin * along, along);
     }
 }
@@ -331,14 +332,14 @@ static void attend_back(const sight *l, const float *q, const float *k, const fl
     narrow_back(l, q, k, v, read, slope, sums, dq, dk, dv, work);
     return;
   }
-  const int64_t length = l->length, head = l->head, group = l->group, stride = l->stride, along = l->along;
+  const int64_t length = l->length, end = l->end, head = l->head, group = l->group, stride = l->stride, along = l->along;
   float *keys = work, *queries = keys + length * head, *slopes = queries + SIDE * head, *own = slopes + SIDE * head;
   float *scores = own + 2 * SIDE * head, *d = scores + SIDE * length, most[SIDE] = {0}, share[SIDE] = {0}, through[SIDE], scales[SIDE];
   for (int i = 0; i < SIDE; i++) scales[i] = l->scale;
-  pack(length, head, k, stride, keys);
+  pack(end, head, k, stride, keys);
   for (int64_t h = 0; h < group; h++, q += head, dq += head, read += head, slope += head, sums += 2 * length)
-    for (int64_t begin = 0; begin < length; begin += SIDE) {
-      const int64_t rows = least(SIDE, length - begin), stop = begin + rows;
+    for (int64_t begin = l->begin; begin < end; begin += SIDE) {
+      const int64_t rows = least(SIDE, end - begin), stop = begin + rows;
       const float *from = q + begin * stride, *down = slope + begin * along;
       lay_across(rows, head, read + begin * along, along, queries);
       lay_across(rows, head, down, along, slopes);
@@ -349,7 +350,7 @@ static void attend_back(const sight *l, const float *q, const float *k, const fl
       product(stop, SIDE, head, k, stride, 1, queries, head, scores, SIDE, 0);
       product(stop, SIDE, head, v, stride, 1, slopes, head, d, SIDE, 0);
       weigh_back(begin, stop, l->scale * LOG2_E, most, share, through, scores, d);
-      gather(rows, head, stop, d, keys, length, dq + begin * stride, stride);
+      gather(rows, head, stop, d, keys, end, dq + begin * stride, stride);
       stretch(rows, head, scales, dq + begin * stride, stride);
       pack(rows, head, from, stride, own);
       stretch(1, rows * head, scales, own, 0);

@@ -21,6 +21,7 @@ from bridle.core.divergence import exact_kl, exact_kl_from_hidden
 from bridle.core.head import HeadAnswers, VocabularyHead, Weighing, head_answers
 from bridle.core.logprobs import entropy_from_logits, logprobs_from_logits, token_logprobs
 from bridle.errors import ModelError
+from bridle.language.backbones import hidden_at
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -114,11 +115,10 @@ class CausalModel(nn.Module):
         The state at column l has seen tokens 0 … l, so it predicts token l + 1. Padding may be any id. ``positions`` says where
         in its text each token stands, if that is not its column.
         """
-        where = {} if positions is None else {"position_ids": positions}
         if self.form is not None:
-            backbone = self.model.base_model
-            hidden = backbone(input_ids=input_ids, use_cache=False, **where).last_hidden_state[rows, columns]
+            hidden = hidden_at(self.model.base_model, input_ids, rows, columns, positions=positions)
             return States(hidden=hidden, features=hidden)
+        where = {} if positions is None else {"position_ids": positions}
         output = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True, **where)
         return States(hidden=output.hidden_states[-1][rows, columns], features=output.logits[rows, columns])
 

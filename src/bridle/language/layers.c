@@ -6,6 +6,9 @@
        and the chain rule of it, the weights' gradients added to what is there                (layer_backward)
        and y of one token more in each of some texts, whose keys and values are held          (layer_step)
 
+   for what is asked for of each text: y of some of its tokens, one after another, which read what is before them. Nothing is
+   computed of tokens after those; y of other tokens is not written, and their slopes are not read.
+
    A text at a time, a few tokens of it at a time, so that what is between x and y stays in the nearest caches. Numbers
    lie row by row. Weights are packed into panels of 16 columns, [depth][16] each, once a call. Nothing is allocated here.
    Not-a-number and infinities go through to y: nothing is compared in a way that would drop them. */
@@ -33,6 +36,7 @@ typedef struct {
   int64_t texts, length, width, heads, key_heads, head, hidden;
   int64_t keep;    /* whether what the way back reads is kept for all texts, or written over by the next */
   int64_t turning; /* numbers between two texts' rows of cos and sin: 0 where all texts share theirs */
+  const int64_t *begins, *ends; /* [texts] y is asked for of tokens begins ... ends - 1; NULL is 0 and length */
   float first_eps, second_eps, scale;
   const float *first_norm, *second_norm; /* [width] */
   float *first_gradient, *second_gradient;
@@ -77,6 +81,17 @@ CLONES static void norm_back(int64_t rows, int64_t width, float eps, const float
       if (w_gradient) *(vec *)(w_gradient + j) += own * one * by;
     }
   }
+}
+
+/* The norm of the n tokens at `places` alone, and back: slopes of those tokens are added to. */
+EXPORT void norm_at(int64_t n, int64_t width, float eps, const float *x, const int64_t *places, const float *w, float *to) {
+  for (int64_t i = 0; i < n; i++) norm(1, width, eps, x + places[i] * width, w, to + i * width);
+}
+
+EXPORT void norm_at_back(int64_t n, int64_t width, float eps, const float *x, const int64_t *places, const float *w,
+                         const float *slope, float *d, float *w_gradient) {
+  for (int64_t i = 0; i < n; i++)
+    norm_back(1, width, eps, x + places[i] * width, w, slope + i * width, d + places[i] * width, w_gradient);
 }
 
 /* act = silu(g) o u, rows of g and u side by side. */
@@ -146,11 +161,14 @@ INLINE float *take(float **room, int64_t count) {
   return found;
 }
 
-/* How attention finds a text's heads. */
-static sight sight_of(const layer *l) {
+INLINE int64_t end_of(const layer *l, int64_t text) { return l->ends ? l->ends[text] : l->length; }
+INLINE int64_t begin_of(const layer *l, int64_t text) { return l->begins ? least(l->begins[text], end_of(l, text)) : 0; }
+
+/* How attention finds the heads of a text. */
+static sight sight_of(const layer *l, int64_t text) {
   const int64_t queries = l->heads * l->head, keys = l->key_heads * l->head;
-  return (sight){.length = l->length, .head = l->head, .group = l->heads / l->key_heads, .stride = queries + 2 * keys,
-                 .along = queries, .scale = l->scale};
+  return (sight){.length = l->length, .begin = begin_of(l, text), .end = end_of(l, text), .head = l->head,
+                 .group = l->heads / l->key_heads, .stride = queries + 2 * keys, .along = queries, .scale = l->scale};
 }
 
 INLINE int64_t even(int64_t n) { return (n + 7) / 8 * 8; }
@@ -240,20 +258,20 @@ EXPORT void layer_forward(const layer *l) {
   const int64_t stride = queries + 2 * keys, hidden = even(l->hidden), group = l->heads / l->key_heads;
   float *room = l->work;
   const panels p = pack_forth(l, &room);
-  const sight s = sight_of(l);
   for (int64_t text = 0; text < l->texts; text++) {
+    const sight s = sight_of(l, text);
     const int64_t first = text * length, kept = l->keep ? first : 0;
     float *qkv = l->qkv + kept * stride, *read = l->read + kept * queries;
-    for (int64_t i = 0; i < length; i += TILE) {
-      const int64_t rows = least(TILE, length - i), at = text * l->turning + i * l->head;
+    for (int64_t i = 0; i < s.end; i += TILE) {
+      const int64_t rows = least(TILE, s.end - i), at = text * l->turning + i * l->head;
       project(l, &p, rows, l->x + (first + i) * width, qkv + i * stride);
       turn_forth(rows, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, qkv + i * stride, stride);
     }
     for (int64_t h = 0; h < l->key_heads; h++)
       attend(&s, qkv + h * group * l->head, qkv + queries + h * l->head, qkv + queries + keys + h * l->head,
              read + h * group * l->head, l->sums + 2 * ((l->keep ? text : 0) * l->heads + h * group) * length, room);
-    for (int64_t i = 0; i < length; i += TILE)
-      finish(l, &p, least(TILE, length - i), l->x + (first + i) * width, read + i * queries, l->h + (kept + i) * width,
+    for (int64_t i = s.begin; i < s.end; i += TILE)
+      finish(l, &p, least(TILE, s.end - i), l->x + (first + i) * width, read + i * queries, l->h + (kept + i) * width,
              l->gate_up + (kept + (l->keep ? i : 0)) * 2 * hidden, l->y + (first + i) * width);
   }
 }
@@ -373,32 +391,59 @@ static void learn(const linear *w, int64_t rows, int64_t in, int64_t out, const 
   if (w->weight_gradient) deep_product(out, in, rows, slope, x, w->weight_gradient, in);
 }
 
-/* Of `rows` tokens from number `first` on: slopes of y to slopes of h, in the place of those of x, and of what was read. */
-static void finish_back(const layer *l, const panels_back *p, int64_t first, int64_t rows, const float *slope, float *x_slope,
-                        float *read_slope) {
+/* Tokens that lie one after another, and which of those that are learnt from at a time the first of them is. */
+typedef struct {
+  int64_t first, rows, at;
+} tile;
+
+/* Tiles of at most `most` tokens in all of some texts, after the first `passed`: of those that y is asked of, or with all before
+   them. One reaches from text to text where no token between is left out. */
+static int64_t tiles_of(const layer *l, int64_t text, int64_t texts, int all, int64_t passed, int64_t most, tile *to) {
+  int64_t count = 0, at = 0;
+  for (int64_t t = text; t < text + texts && at < most; t++) {
+    int64_t i = t * l->length + (all ? 0 : begin_of(l, t));
+    const int64_t stop = t * l->length + end_of(l, t), less = least(passed, stop - i);
+    i += less, passed -= less;
+    while (i < stop && at < most) {
+      tile *last = to + count - 1;
+      const int joins = count && last->first + last->rows == i && last->rows < TILE;
+      const int64_t rows = least(least(stop - i, most - at), TILE - (joins ? last->rows : 0));
+      if (joins) last->rows += rows;
+      else to[count++] = (tile){.first = i, .rows = rows, .at = at};
+      i += rows, at += rows;
+    }
+  }
+  return count;
+}
+
+/* Of the tokens of some tiles: slopes of y to slopes of h, in the place of those of x, and of what was read, [token from `origin`
+   on, queries]. */
+static void finish_back(const layer *l, const panels_back *p, const tile *tiles, int64_t count, int64_t origin, const float *slope,
+                        float *x_slope, float *read_slope) {
   const int64_t width = l->width, queries = l->heads * l->head, hidden = even(l->hidden);
+  const int64_t rows = tiles[count - 1].at + tiles[count - 1].rows;
   float *of_y = p->slopes, *of_h = of_y + rows * (width + HIGH), *of_gate = of_h + rows * (width + HIGH);
   float *of_up = of_gate + rows * (hidden + HIGH), *act = p->inputs, *read = act + rows * padded(hidden);
   float *n = read + rows * padded(queries);
-  for (int64_t i = 0; i < rows; i += TILE) {
-    const int64_t tile = least(TILE, rows - i), at = first + i;
-    const float *h = l->h + at * width, *from = slope + at * width;
-    float *dh = x_slope + at * width;
-    product(tile, hidden, width, from, width, 1, p->down, width, p->d, hidden, 0);
-    gate_back(tile, hidden, l->gate_up + at * 2 * hidden, p->d, p->act, p->both);
-    norm(tile, width, l->second_eps, h, l->second_norm, p->n);
-    put_down(&l->down, i, rows, tile, width, from, width, of_y);
-    put_down(&l->gate, i, rows, tile, l->hidden, p->both, 2 * hidden, of_gate);
-    put_down(&l->up, i, rows, tile, l->hidden, p->both + hidden, 2 * hidden, of_up);
-    product(tile, width, l->hidden, p->both, 2 * hidden, 1, p->gate, l->hidden, p->d, width, 0);
-    product(tile, width, l->hidden, p->both + hidden, 2 * hidden, 1, p->up, l->hidden, p->d, width, 1);
-    memcpy(dh, from, sizeof(float) * tile * width);
-    norm_back(tile, width, l->second_eps, h, l->second_norm, p->d, dh, l->second_gradient);
-    product(tile, queries, width, dh, width, 1, p->out, width, read_slope + i * queries, queries, 0);
-    put_down(&l->out, i, rows, tile, width, dh, width, of_h);
-    pack_at(i, rows, tile, l->hidden, p->act, hidden, act);
-    pack_at(i, rows, tile, width, p->n, width, n);
-    pack_at(i, rows, tile, queries, l->read + at * queries, queries, read);
+  for (const tile *t = tiles; t < tiles + count; t++) {
+    const int64_t some = t->rows, i = t->at;
+    const float *h = l->h + t->first * width, *from = slope + t->first * width;
+    float *dh = x_slope + t->first * width;
+    product(some, hidden, width, from, width, 1, p->down, width, p->d, hidden, 0);
+    gate_back(some, hidden, l->gate_up + t->first * 2 * hidden, p->d, p->act, p->both);
+    norm(some, width, l->second_eps, h, l->second_norm, p->n);
+    put_down(&l->down, i, rows, some, width, from, width, of_y);
+    put_down(&l->gate, i, rows, some, l->hidden, p->both, 2 * hidden, of_gate);
+    put_down(&l->up, i, rows, some, l->hidden, p->both + hidden, 2 * hidden, of_up);
+    product(some, width, l->hidden, p->both, 2 * hidden, 1, p->gate, l->hidden, p->d, width, 0);
+    product(some, width, l->hidden, p->both + hidden, 2 * hidden, 1, p->up, l->hidden, p->d, width, 1);
+    memcpy(dh, from, sizeof(float) * some * width);
+    norm_back(some, width, l->second_eps, h, l->second_norm, p->d, dh, l->second_gradient);
+    product(some, queries, width, dh, width, 1, p->out, width, read_slope + (t->first - origin) * queries, queries, 0);
+    put_down(&l->out, i, rows, some, width, dh, width, of_h);
+    pack_at(i, rows, some, l->hidden, p->act, hidden, act);
+    pack_at(i, rows, some, width, p->n, width, n);
+    pack_at(i, rows, some, queries, l->read + t->first * queries, queries, read);
   }
   learn(&l->down, rows, l->hidden, width, of_y, act);
   learn(&l->gate, rows, width, l->hidden, of_gate, n);
@@ -406,54 +451,71 @@ static void finish_back(const layer *l, const panels_back *p, int64_t first, int
   learn(&l->out, rows, queries, width, of_h, read);
 }
 
-/* Of the same tokens: slopes of queries, keys and values, turned back, to what they add to slopes of x. */
-static void project_back(const layer *l, const panels_back *p, int64_t first, int64_t rows, const float *slope, float *x_slope) {
+/* Of the tokens of some tiles: slopes of queries, keys and values, turned back, [token from `origin` on, stride], to what they
+   add to slopes of x. */
+static void project_back(const layer *l, const panels_back *p, const tile *tiles, int64_t count, int64_t origin, const float *slope,
+                         float *x_slope) {
   const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, stride = queries + 2 * keys;
+  const int64_t rows = tiles[count - 1].at + tiles[count - 1].rows;
   float *of_query = p->slopes, *of_key = of_query + rows * (queries + HIGH), *of_value = of_key + rows * (keys + HIGH);
-  for (int64_t i = 0; i < rows; i += TILE) {
-    const int64_t tile = least(TILE, rows - i);
-    const float *x = l->x + (first + i) * width, *own = slope + i * stride;
-    norm(tile, width, l->first_eps, x, l->first_norm, p->n);
-    put_down(&l->query, i, rows, tile, queries, own, stride, of_query);
-    put_down(&l->key, i, rows, tile, keys, own + queries, stride, of_key);
-    put_down(&l->value, i, rows, tile, keys, own + queries + keys, stride, of_value);
-    pack_at(i, rows, tile, width, p->n, width, p->inputs);
-    product(tile, width, queries, own, stride, 1, p->query, queries, p->d, width, 0);
-    product(tile, width, keys, own + queries, stride, 1, p->key, keys, p->d, width, 1);
-    product(tile, width, keys, own + queries + keys, stride, 1, p->value, keys, p->d, width, 1);
-    norm_back(tile, width, l->first_eps, x, l->first_norm, p->d, x_slope + (first + i) * width, l->first_gradient);
+  for (const tile *t = tiles; t < tiles + count; t++) {
+    const int64_t some = t->rows, i = t->at;
+    const float *x = l->x + t->first * width, *own = slope + (t->first - origin) * stride;
+    norm(some, width, l->first_eps, x, l->first_norm, p->n);
+    put_down(&l->query, i, rows, some, queries, own, stride, of_query);
+    put_down(&l->key, i, rows, some, keys, own + queries, stride, of_key);
+    put_down(&l->value, i, rows, some, keys, own + queries + keys, stride, of_value);
+    pack_at(i, rows, some, width, p->n, width, p->inputs);
+    product(some, width, queries, own, stride, 1, p->query, queries, p->d, width, 0);
+    product(some, width, keys, own + queries, stride, 1, p->key, keys, p->d, width, 1);
+    product(some, width, keys, own + queries + keys, stride, 1, p->value, keys, p->d, width, 1);
+    norm_back(some, width, l->first_eps, x, l->first_norm, p->d, x_slope + t->first * width, l->first_gradient);
   }
   learn(&l->query, rows, width, queries, of_query, p->inputs);
   learn(&l->key, rows, width, keys, of_key, p->inputs);
   learn(&l->value, rows, width, keys, of_value, p->inputs);
 }
 
-/* Slopes of y, [texts, length, width], to slopes of x, and gradients of the weights. */
+/* Of one text: slopes of what was read, [length, queries], to those of queries, keys and values, [length, stride], turned back. */
+static void attention_back(const layer *l, int64_t text, const float *read_slope, float *slope, float *room) {
+  const int64_t queries = l->heads * l->head, keys = l->key_heads * l->head, stride = queries + 2 * keys;
+  const int64_t group = l->heads / l->key_heads, first = text * l->length, at = text * l->turning;
+  const sight s = sight_of(l, text);
+  const float *qkv = l->qkv + first * stride, *read = l->read + first * queries;
+  for (int64_t i = 0; i < s.end; i++) {
+    const int64_t unread = i < s.begin ? 0 : queries; /* slopes of queries that are asked for are written, the others added to */
+    memset(slope + i * stride + unread, 0, sizeof(float) * (stride - unread));
+  }
+  for (int64_t h = 0; h < l->key_heads; h++) {
+    const int64_t of_query = h * group * l->head, of_key = queries + h * l->head, of_value = queries + keys + h * l->head;
+    attend_back(&s, qkv + of_query, qkv + of_key, qkv + of_value, read + of_query, read_slope + of_query,
+                l->sums + 2 * (text * l->heads + h * group) * l->length, slope + of_query, slope + of_key, slope + of_value, room);
+  }
+  turn_back(s.end, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, slope, stride);
+}
+
+/* Slopes of y, [texts, length, width], to slopes of x, 0 after the tokens that y is asked of, and gradients of the weights. */
 EXPORT void layer_backward(const layer *l, const float *slope, float *x_slope) {
-  const int64_t length = l->length, queries = l->heads * l->head, keys = l->key_heads * l->head, stride = queries + 2 * keys;
-  const int64_t group = l->heads / l->key_heads, texts = together(l), deep = deepest(l);
+  const int64_t length = l->length, width = l->width, queries = l->heads * l->head, stride = queries + 2 * l->key_heads * l->head;
+  const int64_t texts = together(l), deep = deepest(l), most = least(texts, l->texts) * length;
   float *room = l->work;
   const panels_back p = pack_back(l, &room);
-  const int64_t most = least(texts, l->texts) * length;
-  const sight s = sight_of(l);
   float *read_slope = take(&room, most * queries), *qkv_slope = take(&room, most * stride);
+  tile tiles[2 * DEEP]; /* none is empty */
   for (int64_t text = 0; text < l->texts; text += texts) {
-    const int64_t some = least(texts, l->texts - text), first = text * length, rows = some * length;
-    for (int64_t i = 0; i < rows; i += deep)
-      finish_back(l, &p, first + i, least(deep, rows - i), slope, x_slope, read_slope + i * queries);
-    for (int64_t i = 0; i < some; i++) {
-      const float *qkv = l->qkv + (first + i * length) * stride, *read = l->read + (first + i * length) * queries;
-      float *own = qkv_slope + i * length * stride, *down = read_slope + i * length * queries;
-      const int64_t at = (text + i) * l->turning;
-      for (int64_t j = 0; j < length; j++) memset(own + j * stride + queries, 0, sizeof(float) * 2 * keys);
-      for (int64_t h = 0; h < l->key_heads; h++) {
-        const int64_t of_query = h * group * l->head, of_key = queries + h * l->head, of_value = queries + keys + h * l->head;
-        attend_back(&s, qkv + of_query, qkv + of_key, qkv + of_value, read + of_query, down + of_query,
-                    l->sums + 2 * ((text + i) * l->heads + h * group) * length, own + of_query, own + of_key, own + of_value, room);
-      }
-      turn_back(length, l->heads + l->key_heads, l->head, l->cosine + at, l->sine + at, own, stride);
+    const int64_t some = least(texts, l->texts - text), origin = text * length;
+    int64_t count;
+    for (int64_t t = text; t < text + some; t++) {
+      const int64_t begin = begin_of(l, t), end = end_of(l, t);
+      float *own = x_slope + t * length * width;
+      memset(own, 0, sizeof(float) * begin * width);
+      memset(own + end * width, 0, sizeof(float) * (length - end) * width);
     }
-    for (int64_t i = 0; i < rows; i += deep)
-      project_back(l, &p, first + i, least(deep, rows - i), qkv_slope + i * stride, x_slope);
+    for (int64_t i = 0; (count = tiles_of(l, text, some, 0, i, deep, tiles)); i += deep)
+      finish_back(l, &p, tiles, count, origin, slope, x_slope, read_slope);
+    for (int64_t t = 0; t < some; t++)
+      attention_back(l, text + t, read_slope + t * length * queries, qkv_slope + t * length * stride, room);
+    for (int64_t i = 0; (count = tiles_of(l, text, some, 1, i, deep, tiles)); i += deep)
+      project_back(l, &p, tiles, count, origin, qkv_slope, x_slope);
   }
 }

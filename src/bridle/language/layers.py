@@ -1,8 +1,9 @@
-"""Decoder layers of the usual kind, compiled, on a CPU in float32: there and back as two calls of ``layers.c``.
+"""Decoder layers of the usual kind, compiled, on a CPU in float32: there and back by ``layers.c``.
 
 A small model's layer is some fifty operations of PyTorch's, each of which takes its numbers from memory and puts them back;
 here a text goes through a layer in pieces that stay in the nearest caches. What is kept for the way back is the
-queries, keys and values, what was read, the sum after attention and the two factors of the gate.
+queries, keys and values, what was read, the sum after attention and the two factors of the gate. Several layers are one
+operation to autograd; of the last one, only the tokens that are asked for are computed beyond their keys and values.
 
 Texts are shared out among PyTorch's threads, and the parts' gradients summed in their order. Which layers of a model run
 here is :mod:`bridle.language.quickening`'s to say.
@@ -26,30 +27,30 @@ from torch import Tensor
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
 
-__all__ = ["Held", "Shape", "decoder_layer", "layer_step", "library", "load"]
+__all__ = ["Held", "Shape", "decoder_layer", "decoder_stack", "layer_step", "library", "load", "norm_at"]
 
-_LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
-
-
-class _Linear(ctypes.Structure):
-    """See ``linear`` in layers.c."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("weight", "bias", "weight_gradient", "bias_gradient"))
-
-
-_SIZES = ("texts", "length", "width", "heads", "key_heads", "head", "hidden", "keep", "turning")
-_KEPT = ("qkv", "read", "sums", "h", "gate_up")
+_LINEARS = 7
+"""Of a layer: query, key, value, out, gate, up and down."""
+_WEIGHTS = 2 + 2 * _LINEARS
+"""Of a layer: its norms, and weight and bias of each linear."""
+_KEPT = 5
+"""Blocks that a layer keeps: qkv, read, sums, h and gate_up."""
+_Sizes, _Norms, _Kept = ctypes.c_int64 * 9, ctypes.c_void_p * 4, ctypes.c_void_p * _KEPT
+_Linears = ctypes.c_void_p * (4 * _LINEARS)
 
 
 class _Layer(ctypes.Structure):
     """See ``layer`` in layers.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
+        ("sizes", _Sizes),
+        *((name, ctypes.c_void_p) for name in ("begins", "ends")),
         *((name, ctypes.c_float) for name in ("first_eps", "second_eps", "scale")),
-        *((name, ctypes.c_void_p) for name in ("first_norm", "second_norm", "first_gradient", "second_gradient")),
-        *((name, _Linear) for name in _LINEARS),
-        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "x", "y", *_KEPT, "work")),
+        ("norms", _Norms),
+        ("linears", _Linears),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "x", "y")),
+        ("kept", _Kept),
+        ("work", ctypes.c_void_p),
     )
 
 
@@ -65,6 +66,8 @@ def load(place: Path) -> Any:
         "layer_backward": (None, [layer, at, at]),
         "layer_step": (None, [layer, at, at, count, count, at]),
         "layer_exponential": (None, [count, at, at]),
+        "norm_at": (None, [count, count, ctypes.c_float, at, at, at, at]),
+        "norm_at_back": (None, [count, count, ctypes.c_float, at, at, at, at, at, at]),
     }
     return load_library(place, _SOURCE, functions, "layers_source")
 
@@ -107,11 +110,43 @@ def decoder_layer(
 
     Source: Touvron et al. 2023 (LLaMA), §2.2; Su et al. 2021 for the turning; Ainslie et al. 2023 for the shared key heads.
     """
-    held = [None if weight is None else weight.contiguous() for weight in weights]
-    given = (x.contiguous(), cosine.contiguous(), sine.contiguous(), *held)
+    return decoder_stack((shape,), x, cosine, sine, (weights,))
+
+
+def decoder_stack(
+    shapes: Sequence[Shape],
+    x: Float[Tensor, "B L W"],
+    cosine: Float[Tensor, "b L D"],
+    sine: Float[Tensor, "b L D"],
+    weights: Sequence[Sequence[Tensor | None]],
+    asked: Int[Tensor, "2 B"] | None = None,
+) -> Float[Tensor, "B L W"]:
+    """Return what layers make of x one after another, each a :func:`decoder_layer`, differentiable once; K ≥ 1 of them.
+
+    ``asked`` holds where the tokens of each text begin and end whose y is asked for, 0 ≤ begin ≤ end ≤ L; all of them by
+    default. Other numbers of y may be any, and their slopes are not read.
+    """
+    held = [None if weight is None else weight.contiguous() for own in weights for weight in own]
+    given = (
+        None if asked is None else asked.contiguous(),
+        x.contiguous(),
+        cosine.contiguous(),
+        sine.contiguous(),
+        *held,
+    )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        return cast("Tensor", _Compiled.apply(shape, *given))  # type: ignore[no-untyped-call]
-    return _Pass(shape, given, keep=False).forward()
+        return cast("Tensor", _Compiled.apply(shapes, *given))  # type: ignore[no-untyped-call]
+    return _Pass(shapes, given, keep=False).forward()
+
+
+def norm_at(
+    x: Float[Tensor, "B L W"], places: Int[Tensor, " n"], weight: Float[Tensor, " W"], eps: float
+) -> Float[Tensor, "n W"]:
+    """Return weight ∘ x / √(mean x² + ε) of the tokens at ``places``, counted through all texts; differentiable once.
+
+    x and weight are float32 on the CPU, W a multiple of 8, and 0 ≤ place < B · L, which is not looked at.
+    """
+    return cast("Tensor", _NormAt.apply(x.contiguous(), places.contiguous(), weight.contiguous(), eps))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,129 +171,185 @@ def layer_step(
     held: Held,
 ) -> Float[Tensor, "n 1 W"]:
     """Return :func:`decoder_layer` of one token more in each of slots 0 … n−1, without a gradient; ``held`` is written to."""
-    given = [None if t is None else t.contiguous() for t in (x, cosine, sine, *weights)]
-    return _Pass(shape, given, keep=True, threads=1).step(held)
+    given = [None if t is None else t.contiguous() for t in (None, x, cosine, sine, *weights)]
+    return _Pass((shape,), given, keep=True, threads=1).step(held)
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shape: Shape, *given: Tensor | None) -> Tensor:
-        run = _Pass(shape, given, keep=True)
+    def forward(ctx: Any, shapes: Sequence[Shape], *given: Tensor | None) -> Tensor:
+        run = _Pass(shapes, given, keep=True)
         y = run.forward()
-        ctx.shape = shape
+        ctx.shapes = shapes
         ctx.save_for_backward(*given, *run.kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        run = _Pass(ctx.shape, saved[: -len(_KEPT)], keep=True, kept=saved[-len(_KEPT) :])
-        x_slope, gradients = run.backward(slope.contiguous(), ctx.needs_input_grad[4:])
-        return None, x_slope, None, None, *gradients
+        saved, count = ctx.saved_tensors, _KEPT + 1
+        run = _Pass(ctx.shapes, saved[:-count], keep=True, kept=saved[-count:])
+        x_slope, gradients = run.backward(slope.contiguous(), ctx.needs_input_grad[5:])
+        return None, None, x_slope, None, None, *gradients
+
+
+class _NormAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, weight: Tensor, eps: float) -> Tensor:
+        found = x.new_empty(len(places), x.shape[2])
+        library.norm_at(len(places), x.shape[2], eps, _at(x), places.data_ptr(), _at(weight), _at(found))
+        ctx.eps = eps
+        ctx.save_for_backward(x, places, weight)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, places, weight = ctx.saved_tensors
+        slope, x_slope, gradient = slope.contiguous(), torch.zeros_like(x), torch.zeros_like(weight)
+        given = (len(places), x.shape[2], ctx.eps, _at(x), places.data_ptr(), _at(weight))
+        library.norm_at_back(*given, _at(slope), _at(x_slope), _at(gradient))
+        return x_slope, None, gradient, None
 
 
 class _Pass:
-    """One pass over some texts, in as many parts as there are threads."""
+    """One pass of some texts through some layers, in as many parts as there are threads."""
 
     def __init__(
         self,
-        shape: Shape,
+        shapes: Sequence[Shape],
         given: Sequence[Tensor | None],
         *,
         keep: bool,
         kept: Sequence[Tensor] | None = None,
         threads: int | None = None,
     ) -> None:
-        x, cosine, sine = (cast("Tensor", tensor) for tensor in given[:3])
-        self._x, self._weights, self._turned = x, given[3:], (cosine, sine)
-        texts, length, width = x.shape
-        head, hidden = cosine.shape[2], cast("Tensor", given[13]).shape[0]
-        self._own = _Layer(
-            length=length,
-            width=width,
-            heads=shape.heads,
-            key_heads=shape.key_heads,
-            head=head,
-            hidden=hidden,
-            keep=keep,
-            turning=length * head if len(cosine) > 1 else 0,
-            first_eps=shape.first_eps,
-            second_eps=shape.second_eps,
-            scale=shape.scale,
-        )
-        self._parts = _shares(texts, threads or torch.get_num_threads())
-        self._own.texts = max(map(len, self._parts), default=0)
-        rows = texts if keep else len(self._parts)
-        queries = shape.heads * head
-        stride, padded = queries + 2 * shape.key_heads * head, -(-hidden // 8) * 8
-        sizes = [length * size for size in (stride, queries, 2 * shape.heads, width, 2 * padded)]
-        self.kept = [x.new_empty(rows, size) for size in sizes] if kept is None else kept
-        self._work = [x.new_empty(library.layer_work(self._own)) for _ in self._parts]
+        """``given`` holds what is asked for, x, cosines and sines, then each layer's weights."""
+        self._asked = given[0]
+        x, cosine, sine = (cast("Tensor", tensor) for tensor in given[1:4])
+        self._shapes, self._x, self._turned, self._keep = shapes, x, (cosine, sine), keep
+        self._weights = [given[at : at + _WEIGHTS] for at in range(4, len(given), _WEIGHTS)]
+        self._hidden = [len(cast("Tensor", weights[10])) for weights in self._weights]
+        self._parts = _shares(len(x), threads or torch.get_num_threads())
+        self.kept = self._room() if kept is None else list(kept)
+
+    def _room(self) -> list[Tensor]:
+        """What each layer keeps of each text, and what lies between layers; without ``keep`` they are written over."""
+        (texts, length, width), head = self._x.shape, self._turned[0].shape[2]
+        queries = max(shape.heads for shape in self._shapes)
+        both = max(shape.heads + 2 * shape.key_heads for shape in self._shapes)
+        sizes = (both * head, queries * head, 2 * queries, width, 2 * (-(-max(self._hidden) // 8) * 8))
+        layers = len(self._shapes)
+        rows = (layers, texts) if self._keep else (1, len(self._parts))
+        between = layers - 1 if self._keep else min(layers - 1, 2)
+        return [
+            *(self._x.new_empty(*rows, length * size) for size in sizes),
+            self._x.new_empty(between, *self._x.shape),
+        ]
 
     def forward(self) -> Tensor:
         """Run there; return y."""
         y = torch.empty_like(self._x)
-        self._share(lambda at, own: library.layer_forward(own), y, [])
+        between = self._between(y)
+
+        def there(number: int) -> None:
+            layers = range(len(self._shapes))
+            owns = [self._own(layer, number, between[layer], between[layer + 1]) for layer in layers]
+            work = self._working(owns)
+            for own in owns:
+                own.work = work.data_ptr()
+                library.layer_forward(own)
+
+        self._share(there)
         return y
 
     def step(self, held: Held) -> Tensor:
-        """Run there for one token in each slot; return y."""
+        """Run one layer there for one token in each slot; return y."""
         y, capacity = torch.empty_like(self._x), held.keys.shape[3]
-        if not self._parts:
-            return y
-        self._work = [self._x.new_empty(self._work[0].numel() + capacity + 8)]
-        own = self._part(0, self._parts[0], y, [None] * len(self._weights))
-        library.layer_step(own, _at(held.keys), _at(held.values), capacity, held.across, held.places.data_ptr())
+        if self._parts:
+            own = self._own(0, 0, self._x, y)
+            work = self._working([own], capacity + 8)
+            own.work = work.data_ptr()
+            library.layer_step(own, _at(held.keys), _at(held.values), capacity, held.across, held.places.data_ptr())
         return y
 
     def backward(self, slope: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """Run back; return the slopes of x and of the weights that are wanted."""
-        x_slope = torch.empty_like(self._x)
-        sums = [
-            [
-                torch.zeros_like(w) if ask and w is not None else None
-                for ask, w in zip(wanted, self._weights, strict=True)
+        weights = [weight for own in self._weights for weight in own]
+        sizes = [w.numel() if ask and w is not None else 0 for ask, w in zip(wanted, weights, strict=True)]
+        sums = slope.new_zeros(max(1, len(self._parts)), sum(sizes))
+        between, slopes = self._between(None), (torch.empty_like(slope), torch.empty_like(slope))
+
+        def back(number: int) -> None:
+            gradients, last, start = _views(sums[number], sizes, weights), slope, self._parts[number].start
+            layers = range(len(self._shapes))
+            owns = [
+                self._own(at, number, between[at], None, gradients[at * _WEIGHTS : (at + 1) * _WEIGHTS])
+                for at in layers
             ]
-            for _ in self._parts
-        ]
-        self._share(lambda at, own: library.layer_backward(own, _at(slope, at), _at(x_slope, at)), None, sums)
-        for others in sums[1:]:
-            for total, other in zip(sums[0], others, strict=True):
-                if total is not None:
-                    total.add_(cast("Tensor", other))
-        return x_slope, sums[0] if sums else [None] * len(wanted)
+            work = self._working(owns)
+            for layer in reversed(layers):
+                owns[layer].work, to = work.data_ptr(), slopes[layer % 2]
+                library.layer_backward(owns[layer], _at(last, start), _at(to, start))
+                last = to
 
-    def _share(
-        self, call: Callable[[int, _Layer], None], y: Tensor | None, sums: Sequence[Sequence[Tensor | None]]
-    ) -> None:
-        """Call for each part: its first text, and the layer as it sees it."""
-        owns = [
-            self._part(number, part, y, sums[number] if sums else [None] * len(self._weights))
-            for number, part in enumerate(self._parts)
-        ]
-        starts = [part.start for part in self._parts]
-        if len(owns) == 1:
-            call(starts[0], owns[0])
-        elif owns:
-            list(_pool(len(owns)).map(call, starts, owns))
+        self._share(back)
+        for other in sums[1:]:
+            sums[0].add_(other)
+        return slopes[0], _views(sums[0], sizes, weights)
 
-    def _part(self, number: int, texts: range, y: Tensor | None, sums: Sequence[Tensor | None]) -> _Layer:
-        own = _Layer.from_buffer_copy(self._own)
-        own.texts = len(texts)
-        for place, name in enumerate(("first", "second")):
-            setattr(own, f"{name}_norm", _at(self._weights[place]))
-            setattr(own, f"{name}_gradient", _at(sums[place]))
-        for place, name in enumerate(_LINEARS):
-            two = slice(2 + 2 * place, 4 + 2 * place)
-            pointers = [_at(t) for t in (*self._weights[two], *sums[two])]
-            setattr(own, name, _Linear(*pointers))
-        own.cosine, own.sine = (_at(turned, texts.start if len(turned) > 1 else 0) for turned in self._turned)
-        own.x, own.y = _at(self._x, texts.start), _at(y, texts.start)
-        for name, tensor in zip(_KEPT, self.kept, strict=True):
-            setattr(own, name, _at(tensor, texts.start if self._own.keep else number))
-        own.work = _at(self._work[number])
-        return own
+    def _between(self, y: Tensor | None) -> list[Tensor | None]:
+        """What each layer reads, then y."""
+        inner = self.kept[-1]
+        return [self._x, *(inner[layer % len(inner)] for layer in range(len(self._shapes) - 1)), y]
+
+    def _share(self, call: Callable[[int], None]) -> None:
+        """Call for each part, by its number."""
+        if len(self._parts) == 1:
+            call(0)
+        elif self._parts:
+            list(_pool(len(self._parts)).map(call, range(len(self._parts))))
+
+    def _working(self, owns: Sequence[_Layer], more: int = 0) -> Tensor:
+        """Room for a part's layers to work in, one after another."""
+        return self._x.new_empty(max(map(library.layer_work, owns)) + more)
+
+    def _own(
+        self,
+        layer: int,
+        number: int,
+        x: Tensor | None,
+        y: Tensor | None,
+        gradients: Sequence[Tensor | None] = (None,) * _WEIGHTS,
+    ) -> _Layer:
+        """A layer as one part sees it, without room to work in."""
+        shape, texts, (cosine, sine) = self._shapes[layer], self._parts[number], self._turned
+        kept_at, row = (layer, texts.start) if self._keep else (0, number)
+        turning = cosine.stride(0) if len(cosine) > 1 else 0
+        turned_at = texts.start if turning else 0
+        (_, length, width), head, hidden = self._x.shape, cosine.shape[2], self._hidden[layer]
+        asked = None if self._asked is None else self._asked.data_ptr() + 8 * texts.start
+        begins = None if asked is None or layer + 1 < len(self._shapes) else asked
+        ends = None if asked is None else asked + 8 * len(self._x)
+        weights, slopes = [_at(w) for w in self._weights[layer]], [_at(g) for g in gradients]
+        linears = [two[at] for place in range(2, _WEIGHTS, 2) for two in (weights, slopes) for at in (place, place + 1)]
+        return _Layer(
+            _Sizes(len(texts), length, width, shape.heads, shape.key_heads, head, hidden, self._keep, turning),
+            *(begins, ends, shape.first_eps, shape.second_eps, shape.scale),
+            _Norms(*weights[:2], *slopes[:2]),
+            _Linears(*linears),
+            *(_at(cosine, turned_at), _at(sine, turned_at), _at(x, texts.start), _at(y, texts.start)),
+            _Kept(*[_at(room[kept_at], row) for room in self.kept[:_KEPT]]),
+        )
+
+
+def _views(flat: Tensor, sizes: Sequence[int], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Cut a flat buffer into the gradients of the weights that have a size."""
+    pieces = flat.split(list(sizes))  # type: ignore[no-untyped-call]
+    return [
+        piece.view_as(w) if size and w is not None else None
+        for piece, size, w in zip(pieces, sizes, weights, strict=True)
+    ]
 
 
 def _at(tensor: Tensor | None, row: int = 0) -> int | None:

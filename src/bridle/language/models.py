@@ -210,8 +210,13 @@ def _load(
         if name not in info["missing_keys"] and not bool(low.isfinite() & high.isfinite()):
             raise ModelError(f"{settings.path}: {name} holds numbers that are not finite; take another copy")
     from bridle.language.attention import attend_narrowly  # imports transformers: late, as everywhere here
+    from bridle.language.backbones import join_layers
 
-    return quicken(attend_narrowly(model)), frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
+    return (
+        join_layers(quicken(attend_narrowly(model))),
+        frozenset(info["missing_keys"]),
+        frozenset(info["unexpected_keys"]),
+    )
 
 
 def checked_source(settings: ModelSettings) -> str:

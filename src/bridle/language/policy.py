@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bridle.batch import Evaluation, Units
 from bridle.core.head import HeadAnswers, HeadSlopes
 from bridle.language.adapters import twin
+from bridle.language.backbones import hidden_at
 from bridle.language.causal import CausalModel
 from bridle.language.models import recompute_layers
 from bridle.language.segments import Layout, Segments, layout
@@ -40,10 +41,11 @@ class Critic(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, input_ids: Int[Tensor, "U L"]) -> Float[Tensor, "U L"]:
-        """V after every token, [U, L] in units of return, float32."""
-        hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        return head_values(self.head, hidden)
+    def forward(
+        self, input_ids: Int[Tensor, "U L"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        """V after the tokens at ``(rows[i], columns[i])`` of right-padded texts, [n] in units of return, float32."""
+        return head_values(self.head, hidden_at(self.backbone, input_ids, rows, columns))
 
 
 def critic_from_actor(actor: PreTrainedModel) -> Critic:
@@ -119,7 +121,7 @@ class LanguagePolicy(nn.Module, OnePass):
         columns = torch.cat([place.columns, place.last])
         with self.computing():
             if isinstance(self.critic, Critic):
-                found = self.critic(place.input_ids)[rows, columns]
+                found = self.critic(place.input_ids, rows, columns)
             else:
                 found = head_values(self.critic, self.actor.states(place.input_ids, rows, columns).hidden)
         return found[: len(place.rows)], found[len(place.rows) :]
@@ -179,7 +181,7 @@ class LanguagePolicy(nn.Module, OnePass):
     def _values(self, place: Layout, hidden: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
         """V from the actor's hidden states, or from the critic's own, which leave those unread."""
         if isinstance(self.critic, Critic):
-            return cast("Tensor", self.critic(place.input_ids)[place.rows, place.columns])
+            return cast("Tensor", self.critic(place.input_ids, place.rows, place.columns))
         return head_values(self.critic, hidden)
 
     def _exact_kl(

@@ -22,13 +22,23 @@ from bridle.random import generator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["plainly", "quicken", "runs_compiled", "speed_notes"]
+__all__ = [
+    "FAILURES",
+    "TOLERANCE",
+    "is_plain",
+    "is_watched",
+    "plainly",
+    "quick_parts",
+    "quicken",
+    "runs_compiled",
+    "speed_notes",
+]
 
 _WIDEST = 512
 """Wider layers are left to PyTorch, which is as fast there or faster (docs/LOG.md)."""
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 """How far a layer's answer to drawn tokens may be from the compiled one's, relative to the largest number it adds."""
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 """What a layer may raise that is asked otherwise than its model asks it."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -126,20 +136,26 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
     return Compiled
 
 
+def quick_parts(layer: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor]) -> _Parts | None:
+    """Return the parts of a layer that runs compiled on whole texts x, if it does now; else None."""
+    parts = _served(layer, x, {"position_embeddings": turned}) if isinstance(layer, _Quick) else None
+    return parts if parts is not None and parts.attention.config._attn_implementation in _CAUSAL else None
+
+
 def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | None:
     """Return the parts of a layer that is asked for what is compiled, in a form that is; else None."""
     if any(value is not None and value is not False and name not in _IGNORED for name, value in given.items()):
         return None
     if given.get("is_causal") is False:  # the one that means something where it is not asked for
         return None
-    if not _plain(x) or x.numel() == 0 or layers.library is None or torch.is_autocast_enabled("cpu"):
+    if not is_plain(x) or x.numel() == 0 or layers.library is None or torch.is_autocast_enabled("cpu"):
         return None
     parts = _parts(layer)
     turned = given.get("position_embeddings")
     if parts is None or turned is None:
         return None
     shapes = ((len(x), x.shape[1], parts.head), (1, x.shape[1], parts.head))
-    return parts if all(_plain(one) and tuple(one.shape) in shapes for one in turned) else None
+    return parts if all(is_plain(one) and tuple(one.shape) in shapes for one in turned) else None
 
 
 def _parts(layer: nn.Module) -> _Parts | None:
@@ -172,15 +188,13 @@ def _stands(known: _Parts) -> bool:
     """Whether modules are where they were found and as they were, and nobody looks on."""
     if _traits(known.attention, known.norms) != known.traits:
         return False
-    return not any(
-        owner.get(name) is not module
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        for owner, name, module in known.modules
-    )
+    return not any(owner.get(name) is not module or is_watched(module) for owner, name, module in known.modules)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody looks on when a module is called, or has put another function in the place of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _traits(attention: Any, norms: list[Any]) -> tuple[Any, ...]:
@@ -242,7 +256,7 @@ def _linears(children: Mapping[str, nn.Module]) -> list[nn.Linear] | None:
     return None if more or any(type(one) is not nn.Linear for one in found) else cast("list[nn.Linear]", found)
 
 
-def _plain(tensor: Tensor | None) -> bool:
+def is_plain(tensor: Tensor | None) -> bool:
     """Whether a tensor is an ordinary one of float32 on the CPU."""
     return (
         tensor is not None
@@ -265,9 +279,9 @@ def _agrees(layer: nn.Module) -> bool:
         angles = torch.from_numpy(draws.standard_normal((1, 5, parts.head // 2))).float().repeat(1, 1, 2)
         own = layer(x, attention_mask=None, position_embeddings=(angles.cos(), angles.sin()))
         ours = decoder_layer(parts.shape, x, angles.cos(), angles.sin(), parts.weights)
-    except _FAILURES:
+    except FAILURES:
         return False
     if type(own) is not Tensor or own.shape != ours.shape:
         return False
     wrong, largest = (ours - own).abs().amax((1, 2)), (own - x).abs().amax((1, 2))
-    return bool((wrong <= _TOLERANCE * largest).all())
+    return bool((wrong <= TOLERANCE * largest).all())

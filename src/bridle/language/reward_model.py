@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bridle.core.losses import listwise_loss, pairwise_loss
 from bridle.errors import ConfigError, ModelError, NonFiniteStep
+from bridle.language.backbones import hidden_at
 from bridle.language.comparisons import Comparison
 from bridle.language.models import context_length
 from bridle.learn.memory import MicroBudget, within_memory
@@ -88,8 +89,7 @@ def _last_hidden(
         mask = torch.arange(ids.shape[1], device=model.device) < lengths[:, None]
         return model(input_ids=ids, attention_mask=mask.long()).logits, None
     # A causal model never looks ahead to the padding; without a mask its attention takes the kernel that skips half.
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[torch.arange(len(sequences), device=model.device), lengths - 1], head
+    return hidden_at(model.base_model, ids, torch.arange(len(sequences), device=model.device), lengths - 1), head
 
 
 def _filler(model: PreTrainedModel) -> int:

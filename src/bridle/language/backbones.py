@@ -1,0 +1,136 @@
+"""The states of a backbone at chosen positions: all of its layers in one compiled step, where each of them runs compiled.
+
+What a backbone does around its layers is little: embed, turn, one norm at the end. Where a backbone is made of just that, and
+answers so in a trial, its layers are one operation to autograd, the last of them is computed where it is asked for alone, and
+so is the norm. Everywhere else the backbone runs as it is, which is the oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bridle.language.layers import decoder_stack, norm_at
+from bridle.language.quickening import FAILURES, TOLERANCE, is_plain, is_watched, quick_parts
+from bridle.random import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["hidden_at", "join_layers"]
+
+_KNOWN = "_bridle_backbone"
+_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+_MASKS = ("sliding_window", "attention_chunk_size")
+"""Settings by which a long text is seen in part, which a short trial would not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Backbone:
+    """A backbone taken apart."""
+
+    embed: Any
+    layers: list[Any]
+    norm: Any
+    turn: Any
+    eps: float
+    held: list[tuple[dict[str, Any], str, nn.Module]]
+    """where each module was found"""
+
+
+def hidden_at(
+    backbone: PreTrainedModel,
+    input_ids: Int[Tensor, "B L"],
+    rows: Int[Tensor, " n"],
+    columns: Int[Tensor, " n"],
+    *,
+    positions: Int[Tensor, "B L"] | None = None,
+) -> Float[Tensor, "n D"]:
+    """Return the last hidden states at ``(rows[i], columns[i])``, where rows are padded on the right.
+
+    ``positions`` says where in its text each token stands, if that is not its column.
+    """
+    known = backbone.__dict__.get(_KNOWN)
+    if known is not None and positions is None and _stands(backbone, known):
+        found = _compiled(known, input_ids, rows, columns)
+        if found is not None:
+            return found
+    where = {} if positions is None else {"position_ids": positions}
+    found = backbone(input_ids=input_ids, use_cache=False, **where).last_hidden_state
+    return cast("Tensor", found[rows, columns])
+
+
+@torch.no_grad()
+def join_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the layers of a model that run compiled run in one step where :func:`hidden_at` asks, if they all do; return it."""
+    backbone = model.base_model
+    known = _taken_apart(backbone)
+    if known is not None and _agrees(backbone, known):
+        backbone.__dict__[_KNOWN] = known
+    return model
+
+
+def _taken_apart(backbone: PreTrainedModel) -> _Backbone | None:
+    children = dict(backbone.named_children())
+    config = backbone.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    if children.keys() != set(_PARTS) or any(getattr(config, name, None) is not None for name in _MASKS):
+        return None
+    embed, layers, norm, turn = (cast("Any", children[name]) for name in _PARTS)
+    eps = getattr(norm, "variance_epsilon", None)
+    if type(layers) is not nn.ModuleList or len(layers) != config.num_hidden_layers or eps is None or len(layers) == 0:
+        return None
+    if any(kind != "full_attention" for kind in kinds) or list(norm._parameters) != ["weight"]:
+        return None
+    held = [(backbone._modules, name, children[name]) for name in _PARTS]
+    held += [(layers._modules, name, layer) for name, layer in layers.named_children()]
+    return _Backbone(embed=embed, layers=list(layers), norm=norm, turn=turn, eps=eps, held=held)
+
+
+def _stands(backbone: PreTrainedModel, known: _Backbone) -> bool:
+    """Whether modules are where they were found and as they were, nobody looks on, and no layer is to be run again."""
+    if is_watched(backbone) or known.norm.variance_epsilon != known.eps or len(backbone.layers) != len(known.layers):
+        return False
+    if any(owner.get(name) is not module or is_watched(module) for owner, name, module in known.held):
+        return False
+    return not (backbone.training and any(layer.gradient_checkpointing for layer in known.layers))
+
+
+def _compiled(
+    known: _Backbone, input_ids: Int[Tensor, "B L"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
+) -> Float[Tensor, "n D"] | None:
+    """The states, or None if a layer is not served."""
+    x, weight = known.embed(input_ids), known.norm.weight
+    length = input_ids.shape[1]
+    turned = known.turn(x, torch.arange(length)[None])
+    parts = [quick_parts(layer, x, turned) for layer in known.layers]
+    held = [part for part in parts if part is not None]
+    if len(held) < len(parts) or not is_plain(weight) or weight.shape != x.shape[2:] or len(rows) == 0:
+        return None
+    asked = torch.zeros(2, len(input_ids), dtype=torch.int64)
+    asked[0] = length
+    asked[0].scatter_reduce_(0, rows, columns, "amin")
+    asked[1].scatter_reduce_(0, rows, columns + 1, "amax")
+    asked[0].clamp_(max=asked[1])
+    cosine, sine = turned
+    y = decoder_stack([part.shape for part in held], x, cosine, sine, [part.weights for part in held], asked)
+    return norm_at(y, rows * length + columns, weight, known.eps)
+
+
+def _agrees(backbone: PreTrainedModel, known: _Backbone) -> bool:
+    """Whether a backbone answers drawn tokens as its layers in one step do."""
+    draws = generator(0, "backbone-trial")
+    rows, columns = torch.ones(2, 12).nonzero(as_tuple=True)
+    try:
+        ids = torch.from_numpy(draws.integers(0, known.embed.weight.shape[0], size=(2, 12)))
+        ours = _compiled(known, ids, rows, columns)
+        own = backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    except FAILURES:
+        return False
+    if ours is None or ours.shape != own.shape:
+        return False
+    return bool((ours - own).abs().max() <= TOLERANCE * own.abs().max())
