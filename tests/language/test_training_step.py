@@ -147,6 +147,7 @@ def test_one_micro_batch_never_holds_the_logits_of_all_its_actions() -> None:
     objective = PPOObjective(settings=PPOSettings(entropy_coefficient=0.1), kl_coefficient=0.0, critic_only=False)
     with pytest.MonkeyPatch.context() as patch, watch_allocations() as seen:
         patch.setattr("bridle.core._vocabulary._CHUNK_NUMBERS", 8 * 5000)
+        patch.setattr("bridle.language.vocabulary._KEPT_NUMBERS", 8 * 5200)
         accumulate(policy, segments, part, objective, micro_budget=None)
     assert 5000 * 16 <= seen.largest < 51 * 5000 / 2
 

@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridle.core.divergence import exact_kl, exact_kl_from_hidden
-from bridle.core.head import HeadAnswers, VocabularyHead, Weighing, head_answers
-from bridle.core.logprobs import entropy_from_logits, logprobs_from_logits, token_logprobs
+from bridle.core.head import HeadAnswers, VocabularyHead, Weighing
+from bridle.core.logprobs import entropy_from_logits, logprobs_from_logits
 from bridle.errors import ModelError
 from bridle.language.backbones import hidden_at
+from bridle.language.vocabulary import head_answers, token_logprobs
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -143,17 +144,7 @@ class CausalModel(nn.Module):
             if not with_entropy:
                 return logp, torch.zeros_like(logp)
             return logp, entropy_from_logits(features, temperature=temperature)
-        weight, bias = self._head()
-        return token_logprobs(
-            features,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            scale=self.form.scale,
-            softcap=self.form.softcap,
-            with_entropy=with_entropy,
-        )
+        return token_logprobs(features, self.head(), targets, temperature=temperature, with_entropy=with_entropy)
 
     @torch.no_grad()
     def answers(
@@ -168,7 +159,7 @@ class CausalModel(nn.Module):
         """Return log π(target), the entropy and the KL to a reference, each position's logits computed once.
 
         With ``weighing`` (fused models only) also ∂ loss / ∂ features, and the output weights' gradient is added to theirs:
-        see :func:`bridle.core.head.head_answers`.
+        see :func:`bridle.language.vocabulary.head_answers`.
         """
         if self.form is None or (reference is not None and reference[0].form is None):
             if weighing is not None:

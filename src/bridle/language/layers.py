@@ -230,7 +230,7 @@ class _Pass:
         self._shapes, self._x, self._turned, self._keep = shapes, x, (cosine, sine), keep
         self._weights = [given[at : at + _WEIGHTS] for at in range(4, len(given), _WEIGHTS)]
         self._hidden = [len(cast("Tensor", weights[10])) for weights in self._weights]
-        self._parts = _shares(len(x), threads or torch.get_num_threads())
+        self._parts = shares(len(x), threads or torch.get_num_threads())
         self.kept = self._room() if kept is None else list(kept)
 
     def _room(self) -> list[Tensor]:
@@ -308,7 +308,7 @@ class _Pass:
         if len(self._parts) == 1:
             call(0)
         elif self._parts:
-            list(_pool(len(self._parts)).map(call, range(len(self._parts))))
+            list(pool(len(self._parts)).map(call, range(len(self._parts))))
 
     def _working(self, owns: Sequence[_Layer], more: int = 0) -> Tensor:
         """Room for a part's layers to work in, one after another."""
@@ -357,7 +357,7 @@ def _at(tensor: Tensor | None, row: int = 0) -> int | None:
     return None if tensor is None else tensor.data_ptr() + 4 * row * tensor.stride(0)
 
 
-def _shares(texts: int, threads: int) -> list[range]:
+def shares(texts: int, threads: int) -> list[range]:
     """Texts in as many neighbouring parts as there are threads, or texts."""
     parts = min(texts, threads)
     bounds = [texts * i // parts for i in range(parts + 1)] if parts else [0]
@@ -365,5 +365,5 @@ def _shares(texts: int, threads: int) -> list[range]:
 
 
 @cache
-def _pool(workers: int) -> ThreadPoolExecutor:
+def pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers)

@@ -21,6 +21,7 @@ SOURCES = (
     _PACKAGE / "control" / "small.c",
     _PACKAGE / "language" / "layers.c",
     _PACKAGE / "control" / "convolutions.c",
+    _PACKAGE / "language" / "vocabulary.c",
 )
 """What there is to compile; each is a library of its own."""
 

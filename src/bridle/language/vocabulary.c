@@ -1,0 +1,188 @@
+/* What softmax(h W^T + b) says of a target at each of some positions, and the gradient of a loss of it, on a CPU in float32:
+
+       log p_t = z_t - L,   H = L - sum p z,   KL = sum p (z - y) - L + M        L, M = log sum e^z, log sum e^y  (head_forward,
+                                                                                 y the logits of a reference       head_join)
+       d/dz = a (1[t] - p) - b p (log p + H) + c p (log p - log q - KL)                                            (head_backward)
+
+   The vocabulary is gone through a few tokens at a time, of which all positions' logits lie in the near caches: exponentials
+   and sums are taken there, then logits are put away for the way back, or not at all. Parts of the vocabulary can be gone
+   through side by side, each with sums of its own. Numbers lie row by row. Nothing is allocated here. Not-a-number and
+   infinities go through to the answers of their position. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "products.h"
+
+#include "functions.h"
+
+#define SOME 192        /* tokens of the vocabulary at a time */
+#define LOWEST -1e37f   /* the logits of tokens that are not there */
+#define COLUMNS 7       /* sums of a position, as `sums` has them */
+
+/* Largest z; sums of e^(z - largest), of that times z - largest, and times z - y; z of the target; largest y and the sum of
+   e^(y - largest). */
+enum { MOST, TOTAL, WITH_Z, WITH_GAP, AT_TARGET, OTHER_MOST, OTHER_TOTAL };
+
+typedef struct {
+  int64_t width;
+  const float *hidden; /* [rows, width] */
+  const float *weight; /* [vocabulary, width]; NULL: there is no such side */
+  const float *bias;   /* [vocabulary] or NULL */
+  float *logits;       /* [blocks, rows, SOME] to keep them in, or NULL */
+} side;
+
+typedef struct {
+  int64_t rows, vocabulary;
+  side own, other;
+  const int64_t *targets;
+  double *sums;                   /* [parts, rows, COLUMNS] */
+  float *logp, *entropy, *kl;     /* [rows]; kl NULL without another side */
+  const float *a, *b, *c;         /* [rows] slopes of log p, H and KL, or NULL */
+  float *weight_gradient, *bias_gradient; /* added to, or NULL */
+} head;
+
+EXPORT int64_t head_source(void) { return SOURCE; }
+EXPORT int64_t head_block(void) { return SOME; }
+
+static int64_t blocks_of(const head *h) { return (h->vocabulary + SOME - 1) / SOME; }
+
+static int64_t widest(const head *h) { return h->other.weight && h->other.width > h->own.width ? h->other.width : h->own.width; }
+
+/* Numbers that a part's `work` must hold, there or back. */
+EXPORT int64_t head_work(const head *h) {
+  return SOME * padded(widest(h)) + 2 * (h->rows + HIGH) * SOME + h->rows * padded(h->own.width) + 64;
+}
+
+/* The logits of `count` tokens from `first` on, [rows, SOME]. */
+CLONES static void logits_of(const side *s, int64_t rows, int64_t first, int64_t count, float *packed, float *z) {
+  pack_turned(s->width, count, s->weight + first * s->width, s->width, packed);
+  product(rows, count, s->width, s->hidden, s->width, 1, packed, s->width, z, SOME, 0);
+  for (int64_t i = 0; s->bias && i < rows; i++)
+    for (int64_t j = 0; j < count; j++) z[i * SOME + j] += s->bias[first + j];
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = count; j < (count + 7) / 8 * 8; j++) z[i * SOME + j] = LOWEST;
+}
+
+INLINE float most_of(int64_t count, const float *z, float most) {
+  vec high = {0};
+  high += most;
+  for (int64_t j = 0; j < count; j += 8) {
+    const vec one = *(const vec *)(z + j);
+    high = pick(one > high, one, high);
+  }
+  for (int i = 0; i < 8; i++) most = high[i] > most ? high[i] : most;
+  return most;
+}
+
+/* Take the logits of some tokens up into the sums of all positions. */
+CLONES static void take_up(int64_t rows, int64_t count, const float *z, const float *y, double *sums) {
+  for (int64_t i = 0; i < rows; i++, z += SOME, y += y ? SOME : 0, sums += COLUMNS) {
+    const float most = most_of(count, z, (float)sums[MOST]);
+    vec total = {0}, with_z = {0}, with_gap = {0};
+    for (int64_t j = 0; j < count; j += 8) {
+      const vec one = *(const vec *)(z + j), e = exp_of(one - most);
+      total += e, with_z += e * (one - most);
+      if (y) with_gap += e * (one - *(const vec *)(y + j));
+    }
+    const double fall = sums[MOST] - most, by = exp(fall);
+    sums[WITH_Z] = by * (sums[WITH_Z] + fall * sums[TOTAL]) + sum_of(with_z);
+    sums[TOTAL] = by * sums[TOTAL] + sum_of(total);
+    sums[WITH_GAP] = by * sums[WITH_GAP] + sum_of(with_gap);
+    sums[MOST] = most;
+    if (y) {
+      const float theirs = most_of(count, y, (float)sums[OTHER_MOST]);
+      vec other = {0};
+      for (int64_t j = 0; j < count; j += 8) other += exp_of(*(const vec *)(y + j) - theirs);
+      sums[OTHER_TOTAL] = exp(sums[OTHER_MOST] - theirs) * sums[OTHER_TOTAL] + sum_of(other);
+      sums[OTHER_MOST] = theirs;
+    }
+  }
+}
+
+/* The sums of part number `part`, which has the blocks from ... to - 1 of the vocabulary, and their logits if they are kept. */
+EXPORT void head_forward(const head *h, int64_t part, int64_t from, int64_t to, float *work) {
+  double *sums = h->sums + part * h->rows * COLUMNS;
+  float *packed = work, *z = work + SOME * padded(widest(h)), *y = z + h->rows * SOME;
+  for (int64_t i = 0; i < h->rows; i++) {
+    for (int j = 0; j < COLUMNS; j++) sums[i * COLUMNS + j] = 0.0;
+    sums[i * COLUMNS + MOST] = sums[i * COLUMNS + OTHER_MOST] = LOWEST;
+  }
+  for (int64_t block = from; block < to; block++) {
+    const int64_t first = block * SOME, count = least(SOME, h->vocabulary - first), at = block * h->rows * SOME;
+    if (h->own.logits) z = h->own.logits + at;
+    if (h->other.logits) y = h->other.logits + at;
+    logits_of(&h->own, h->rows, first, count, packed, z);
+    if (h->other.weight) logits_of(&h->other, h->rows, first, count, packed, y);
+    take_up(h->rows, count, z, h->other.weight ? y : NULL, sums);
+    for (int64_t i = 0; i < h->rows; i++) {
+      const int64_t target = h->targets[i] - first;
+      if (target >= 0 && target < count) sums[i * COLUMNS + AT_TARGET] = z[i * SOME + target];
+    }
+  }
+}
+
+/* Join the parts' sums in those of the first, in their order, and answer. */
+EXPORT void head_join(const head *h, int64_t parts) {
+  for (int64_t i = 0; i < h->rows; i++) {
+    double *s = h->sums + i * COLUMNS;
+    for (int64_t part = 1; part < parts; part++) {
+      const double *t = s + part * h->rows * COLUMNS;
+      const double most = t[MOST] > s[MOST] ? t[MOST] : s[MOST], other = t[OTHER_MOST] > s[OTHER_MOST] ? t[OTHER_MOST] : s[OTHER_MOST];
+      const double fall = s[MOST] - most, drop = t[MOST] - most, by = exp(fall), with = exp(drop);
+      s[WITH_Z] = by * (s[WITH_Z] + fall * s[TOTAL]) + with * (t[WITH_Z] + drop * t[TOTAL]);
+      s[TOTAL] = by * s[TOTAL] + with * t[TOTAL];
+      s[WITH_GAP] = by * s[WITH_GAP] + with * t[WITH_GAP];
+      s[OTHER_TOTAL] = exp(s[OTHER_MOST] - other) * s[OTHER_TOTAL] + exp(t[OTHER_MOST] - other) * t[OTHER_TOTAL];
+      s[AT_TARGET] += t[AT_TARGET], s[MOST] = most, s[OTHER_MOST] = other;
+    }
+    const double log_total = log(s[TOTAL]);
+    h->logp[i] = (float)(s[AT_TARGET] - s[MOST] - log_total);
+    h->entropy[i] = (float)(log_total - s[WITH_Z] / s[TOTAL]);
+    if (h->kl) h->kl[i] = (float)(s[WITH_GAP] / s[TOTAL] - s[MOST] - log_total + s[OTHER_MOST] + log(s[OTHER_TOTAL]));
+  }
+}
+
+/* d loss / dz of some tokens, from `first` on, at all positions. */
+CLONES static void slopes_of(const head *h, int64_t first, int64_t count, const float *z, const float *y, float *d) {
+  for (int64_t i = 0; i < h->rows; i++, z += SOME, y += h->c ? SOME : 0, d += SOME) {
+    const double *s = h->sums + i * COLUMNS, log_total = log(s[TOTAL]);
+    const float most = (float)s[MOST], by = (float)(1.0 / s[TOTAL]), a = h->a ? h->a[i] : 0.0f, b = h->b ? h->b[i] : 0.0f;
+    double always = -a + b * (log_total - h->entropy[i]);
+    if (h->c) {
+      const float c = h->c[i], theirs = (float)s[OTHER_MOST];
+      always += c * (log(s[OTHER_TOTAL]) - log_total - h->kl[i]);
+      for (int64_t j = 0; j < count; j += 8) {
+        const vec one = *(const vec *)(z + j) - most, other = *(const vec *)(y + j) - theirs;
+        *(vec *)(d + j) = exp_of(one) * by * ((float)always - b * one + c * (one - other));
+      }
+    } else
+      for (int64_t j = 0; j < count; j += 8) {
+        const vec one = *(const vec *)(z + j) - most;
+        *(vec *)(d + j) = exp_of(one) * by * ((float)always - b * one);
+      }
+    const int64_t target = h->targets[i] - first;
+    if (target >= 0 && target < count) d[target] += a;
+  }
+}
+
+/* From kept logits and joined sums: what the blocks from ... to - 1 of the vocabulary give to d loss / d hidden, which is
+   written, [rows, width], and to the gradients of weight and bias, which is added. */
+EXPORT void head_backward(const head *h, int64_t from, int64_t to, float *hidden_gradient, float *work) {
+  const int64_t rows = h->rows, width = h->own.width;
+  float *packed = work, *d = packed + SOME * padded(widest(h)), *turned = d + rows * SOME, *inputs = turned + (rows + HIGH) * SOME;
+  if (h->weight_gradient) pack(rows, width, h->own.hidden, width, inputs);
+  for (int64_t block = from; block < to; block++) {
+    const int64_t first = block * SOME, count = least(SOME, h->vocabulary - first), at = block * rows * SOME;
+    slopes_of(h, first, count, h->own.logits + at, h->c ? h->other.logits + at : NULL, d);
+    pack(count, width, h->own.weight + first * width, width, packed);
+    product(rows, width, count, d, SOME, 1, packed, count, hidden_gradient, width, block > from);
+    if (h->weight_gradient) {
+      pack_high(0, rows, rows, count, d, SOME, turned);
+      deep_product(count, width, rows, turned, inputs, h->weight_gradient + first * width, width);
+    }
+    for (int64_t i = 0; h->bias_gradient && i < rows; i++)
+      for (int64_t j = 0; j < count; j++) h->bias_gradient[first + j] += d[i * SOME + j];
+  }
+}

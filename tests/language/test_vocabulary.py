@@ -1,0 +1,253 @@
+"""The compiled head against the definitions in float64, whose gradient autograd takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead
+from bridle.language import vocabulary
+from bridle.language.vocabulary import head_answers, token_logprobs
+from bridle.native.compiling import SOURCES, compile_source, compiled_from
+
+(SOURCE,) = (source for source in SOURCES if source.name == "vocabulary.c")
+# N, D, V, D of the reference (0: none), bias
+Case = tuple[int, int, int, int, bool]
+CASES: list[Case] = [
+    (1, 3, 1, 0, False),
+    (7, 8, 9, 8, True),
+    (13, 40, 192, 24, False),
+    (5, 17, 193, 0, True),
+    (29, 33, 1001, 48, True),
+    (11, 288, 3207, 288, False),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> object:
+    place = tmp_path_factory.mktemp("compiled") / "_vocabulary.so"
+    return vocabulary.load(compiled_from(SOURCE)) or compile_source(SOURCE, place) or vocabulary.load(place)
+
+
+@pytest.fixture(autouse=True)
+def compiled(library: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(library, str):
+        pytest.skip(f"not compiled: {library}")
+    monkeypatch.setattr(vocabulary, "library", library)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("this ran as it is, not compiled")
+
+    monkeypatch.setattr("bridle.core.head.head_answers", never)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def draw(*shape: int, seed: int, size: float = 1.0) -> Tensor:
+    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(case: Case) -> tuple[list[tuple[Tensor, VocabularyHead]], Tensor]:
+    count, width, tokens, theirs, biased = case
+    sides = []
+    for at, size in enumerate([width, theirs] if theirs else [width]):
+        bias = draw(tokens, seed=30 + at) if biased else None
+        weight = draw(tokens, size, seed=10 + at, size=size**-0.5)
+        sides.append((draw(count, size, seed=20 + at), VocabularyHead(weight=weight, bias=bias, scale=1.7)))
+    targets = torch.randint(tokens, (count,), generator=torch.Generator().manual_seed(5))
+    targets[0], targets[-1] = 0, tokens - 1
+    return sides, targets
+
+
+def definitions(sides: list[tuple[Tensor, VocabularyHead]], targets: Tensor, tau: float) -> list[Tensor]:
+    """log π(target), H and KL in the inputs' dtype."""
+    logs = []
+    for hidden, head in sides:
+        z = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+        logs.append((head.scale * z / tau).log_softmax(-1))
+    own, *other = logs
+    p, finite = own.exp(), own.masked_fill(own == -math.inf, 0.0)
+    kl = [(p * (finite - ref.masked_fill(own == -math.inf, 0.0))).sum(-1) for ref in other]
+    return [own.gather(1, targets[:, None])[:, 0], -(p * finite).sum(-1), *kl]
+
+
+def in_float64(head: VocabularyHead) -> VocabularyHead:
+    bias = None if head.bias is None else head.bias.double().requires_grad_()
+    return VocabularyHead(weight=head.weight.double().requires_grad_(), bias=bias, scale=head.scale)
+
+
+def closely(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 5e-6 * expected.abs().max() + 3e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_and_gradients_are_those_of_the_definitions(
+    case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "_ROWS", 6)  # several chunks, some shorter
+    sides, targets = drawn(case)
+    (hidden, head), *reference = sides
+    weights = [draw(case[0], seed=40 + at) for at in range(2 + len(reference))]
+
+    def weighing(rows: slice, found: HeadAnswers) -> HeadSlopes:
+        assert len(found.logp) == rows.stop - rows.start
+        return HeadSlopes(**dict(zip(("logp", "entropy", "kl"), (w[rows] for w in weights), strict=False)))
+
+    weight_grad = torch.ones_like(head.weight)
+    bias_grad = None if head.bias is None else torch.ones_like(head.bias)
+    found, slope = head_answers(
+        hidden,
+        head,
+        targets,
+        reference=reference[0] if reference else None,
+        temperature=0.7,
+        weighing=weighing,
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+    )
+    exact = [(h.double(), in_float64(side)) for h, side in sides]
+    exact[0][0].requires_grad_()
+    expected = definitions(exact, targets, 0.7)
+    sum((w * one).sum() for w, one in zip(weights, expected, strict=True)).backward()
+    assert (found.kl is None) is not bool(reference)
+    for one, what in zip(expected, (found.logp, found.entropy, found.kl), strict=False):
+        assert what is not None
+        assert closely(what, one.detach())
+    assert slope is not None
+    assert closely(slope, exact[0][0].grad)
+    assert closely(weight_grad - 1, exact[0][1].weight.grad)
+    if bias_grad is not None:
+        assert exact[0][1].bias is not None
+        assert closely(bias_grad - 1, exact[0][1].bias.grad)
+    again = head_answers(hidden, head, targets, reference=reference[0] if reference else None, temperature=0.7)[0]
+    assert closely(again.logp, expected[0].detach())
+    assert closely(again.entropy, expected[1].detach())
+
+
+@pytest.mark.parametrize("holding", [("logp",), ("entropy",), ("kl",), ("entropy", "kl"), ()])
+def test_a_loss_may_hold_some_of_the_answers(holding: tuple[str, ...]) -> None:
+    sides, targets = drawn((9, 16, 300, 16, False))
+    weights = {name: draw(9, seed=50 + at) for at, name in enumerate(holding)}
+    hidden, head = sides[0]
+    weight_grad = torch.zeros_like(head.weight)
+    _, slope = head_answers(
+        hidden,
+        head,
+        targets,
+        reference=sides[1],
+        weighing=lambda rows, _: HeadSlopes(**{name: weight[rows] for name, weight in weights.items()}),
+        weight_grad=weight_grad,
+    )
+    exact = [(h.double(), in_float64(side)) for h, side in sides]
+    exact[0][0].requires_grad_()
+    expected = dict(zip(("logp", "entropy", "kl"), definitions(exact, targets, 1.0), strict=True))
+    total = exact[0][0].sum() * 0 + exact[0][1].weight.sum() * 0
+    (total + sum((weights[name] * expected[name]).sum() for name in holding)).backward()
+    assert slope is not None
+    assert closely(slope, exact[0][0].grad)
+    assert closely(weight_grad, exact[0][1].weight.grad)
+
+
+def test_logits_far_apart_stay_exact(threads: int) -> None:
+    """The largest logit comes late, by hundreds: what was summed up before it has to fall away, not overflow."""
+    hidden, tokens = torch.tensor([[1.0], [-1.0], [0.0]]), 1000
+    weight = torch.linspace(-400, 400, tokens)[:, None].contiguous()
+    targets = torch.tensor([tokens - 1, tokens - 1, 3])
+    found = head_answers(hidden, VocabularyHead(weight=weight), targets)[0]
+    logp, entropy = definitions([(hidden.double(), VocabularyHead(weight=weight.double()))], targets, 1.0)
+    assert closely(found.logp, logp)
+    assert closely(found.entropy, entropy)
+    assert float(found.logp[2]) == pytest.approx(-math.log(tokens), rel=1e-6)
+
+
+def test_forbidden_tokens_have_no_part(threads: int) -> None:
+    """Whole blocks of the vocabulary among them, the first too."""
+    (side, reference), targets = drawn((6, 8, 700, 8, True))
+    allowed = torch.arange(700) % 3 == 0
+    allowed[:200] = False
+    targets = torch.nonzero(allowed)[targets % int(allowed.sum()), 0]
+    slopes = {name: draw(6, seed=at) for at, name in enumerate(("logp", "entropy", "kl"))}
+    found, grads = [], []
+    for bias in (True, False):  # forbidden by the bias, or not there at all
+        own, other = (
+            VocabularyHead(weight=h.weight, bias=h.bias.masked_fill(~allowed, -math.inf))  # type: ignore[union-attr]
+            if bias
+            else VocabularyHead(weight=h.weight[allowed], bias=h.bias[allowed])  # type: ignore[index]
+            for h in (side[1], reference[1])
+        )
+        grad = torch.zeros_like(own.weight)
+        where = targets if bias else (allowed.cumsum(0) - 1)[targets]
+        found.append(
+            head_answers(
+                side[0],
+                own,
+                where,
+                reference=(reference[0], other),
+                weighing=lambda rows, _: HeadSlopes(**{name: slope[rows] for name, slope in slopes.items()}),
+                weight_grad=grad,
+            )
+        )
+        grads.append(grad[allowed] if bias else grad)
+    for one, two in zip((found[0][0].logp, found[0][0].kl), (found[1][0].logp, found[1][0].kl), strict=True):
+        assert one is not None
+        assert two is not None
+        assert closely(one, two)
+    assert closely(found[0][1], found[1][1])
+    assert closely(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_is_seen_at_its_position_alone(wrong: float, threads: int) -> None:
+    sides, targets = drawn((5, 8, 500, 0, False))
+    hidden, head = sides[0]
+    expected = head_answers(hidden, head, targets)[0]
+    hidden[2, 3] = wrong
+    found = head_answers(hidden, head, targets)[0]
+    assert not torch.isfinite(found.logp[2])
+    rest = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(found.logp[rest], expected.logp[rest], rtol=0, atol=0)
+    head.weight[1, 0] = math.nan  # in one of the vocabulary's first tokens: all that comes after it must not hide it
+    assert not torch.isfinite(head_answers(expected.logp.new_ones(5, 8), head, targets)[0].logp).any()
+
+
+def test_token_logprobs_are_the_same_and_keep_their_graph() -> None:
+    (hidden, head), targets = drawn((8, 16, 260, 0, True))[0][0], drawn((8, 16, 260, 0, True))[1]
+    with_graph, entropy = token_logprobs(hidden.requires_grad_(), head, targets, temperature=0.9)
+    assert with_graph.requires_grad
+    with torch.no_grad():
+        logp, same = token_logprobs(hidden, head, targets, temperature=0.9)
+        assert not token_logprobs(hidden, head, targets, with_entropy=False)[1].any()
+    assert closely(logp, with_graph.detach())
+    assert closely(same, entropy.detach())
+
+
+@pytest.mark.parametrize("kind", ["softcap", "float64", "strided", "target", "temperature", "none compiled"])
+def test_what_is_not_served_runs_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (hidden, head), targets = drawn((4, 8, 50, 0, False))[0][0], drawn((4, 8, 50, 0, False))[1]
+    temperature = 1.0
+    match kind:
+        case "softcap":
+            head = VocabularyHead(weight=head.weight, softcap=30.0)
+        case "float64":
+            hidden, head = hidden.double(), VocabularyHead(weight=head.weight.double())
+        case "strided":
+            head = VocabularyHead(weight=head.weight.T.contiguous().T)
+        case "target":
+            targets = targets.clone()
+            targets[1] = 50
+        case "temperature":
+            temperature = -1.0
+        case _:
+            monkeypatch.setattr(vocabulary, "library", None)
+    with pytest.raises(AssertionError, match="ran as it is"):
+        head_answers(hidden, head, targets, temperature=temperature)
