@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bridle.language import layers, quickening
+from bridle.language import backbones, layers, quickening
 from bridle.language.attention import attend_narrowly
 from bridle.language.causal import CausalModel
-from bridle.language.layers import Held, decoder_layer, layer_step
+from bridle.language.layers import Held, decoder_layer, layer_step, stack_step
 from bridle.language.models import ModelSettings, load_causal_lm, recompute_layers, save_model
 from bridle.language.quickening import plainly, quicken, speed_notes
 from bridle.language.sampler import SamplingSettings
@@ -365,9 +365,11 @@ def test_a_run_says_that_compiled_code_is_missing_where_it_would_serve(monkeypat
 
 
 @pytest.mark.parametrize("head", [8, 24])  # values across, and along
-@pytest.mark.parametrize("biased", [False, True])
-def test_a_step_over_held_keys_and_values_is_the_last_token_of_a_whole_text(head: int, biased: bool) -> None:
-    """Three texts of 1, 9 and 60 tokens in slots of 61: a step for the last token of each, the others held."""
+@pytest.mark.parametrize(("biased", "capacity"), [(False, 61), (True, 61), (False, 64)])
+def test_a_step_over_held_keys_and_values_is_the_last_token_of_a_whole_text(
+    head: int, biased: bool, capacity: int
+) -> None:
+    """Three texts of 1, 9 and 60 tokens in slots: a step for the last token of each, the others held, after them anything."""
     shape, (x, cosine, sine), weights = inputs((3, 60, 24, 4, 2, head, 20, biased))
     single, across = [None if w is None else w.float() for w in weights], head <= 16
     lengths, few = torch.tensor([1, 9, 60]), shape.key_heads
@@ -378,7 +380,8 @@ def test_a_step_over_held_keys_and_values_is_the_last_token_of_a_whole_text(head
     )
     first, second = key.chunk(2, -1)
     key = key * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
-    keys, values = torch.zeros(4, few, head, 61), torch.zeros(4, few, head, 61)
+    keys, values = torch.zeros(4, few, head, capacity), torch.zeros(4, few, head, capacity)
+    keys[:3], values[:3] = 7.0, -9.0
     for slot, length in enumerate(lengths.tolist()):
         keys[slot, :, :, : length - 1] = key[slot, :, : length - 1].transpose(1, 2)
         values[slot, :, :, : length - 1] = value[slot, :, : length - 1].transpose(1, 2)
@@ -395,25 +398,34 @@ def test_a_step_over_held_keys_and_values_is_the_last_token_of_a_whole_text(head
     assert not own[3].any()
 
 
-@pytest.mark.parametrize(("family", "steps"), [("llama", True), ("qwen2", True), ("mistral", False), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("family", "joined", "steps"),
+    [("llama", True, 2), ("llama", False, 1), ("qwen2", True, 2), ("mistral", True, 0), ("qwen3", True, 0)],
+)
 def test_the_engine_writes_the_same_over_compiled_layers(
-    family: str, steps: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, joined: bool, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers of several lengths, fewer slots than prompts; a window is left to the layer itself."""
     model, own = quick(family)
     seen: list[int] = []
 
-    def noted(*given: Any) -> Tensor:
-        seen.append(len(given[1]))
-        return layer_step(*given)
+    def noted(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def one(*given: Any) -> Tensor:
+            seen.append(len(given[0]) if call is stack_step else 1)
+            return call(*given)
 
-    monkeypatch.setattr(quickening, "layer_step", noted)
+        return one
+
+    monkeypatch.setattr(quickening, "layer_step", noted(layer_step))
+    monkeypatch.setattr(backbones, "stack_step", noted(stack_step))
+    if not joined:
+        del own.base_model.__dict__[backbones._KNOWN]
     draws = generator(0, "test-prompts")
     prompts = [torch.from_numpy(draws.integers(3, 96, size=n)) for n in (3, 11, 1, 7, 7, 12, 2)]
     settings = SamplingSettings(max_new_tokens=17, rows=4)
     chance = uniforms(0, "test-draws", 0, range(7), 17)
     ours, theirs = (embedded_sampler(CausalModel(m), (5,))(prompts, chance, settings) for m in (own, model))
-    assert bool(seen) == steps
+    assert set(seen) == ({steps} if steps else set())
     for one, other in zip(ours, theirs, strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         torch.testing.assert_close(one.logp, other.logp, atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bridle.language.layers import decoder_stack, norm_at
+from bridle.language.layers import decoder_stack, norm_at, stack_step
 from bridle.language.quickening import FAILURES, TOLERANCE, is_plain, is_watched, quick_parts
 from bridle.random import generator
 
@@ -55,8 +55,12 @@ def hidden_at(
     ``positions`` says where in its text each token stands, if that is not its column.
     """
     known = backbone.__dict__.get(_KNOWN)
-    if known is not None and positions is None and _stands(backbone, known):
-        found = _compiled(known, input_ids, rows, columns)
+    if known is not None and _stands(backbone, known):
+        found = None
+        if positions is None:
+            found = _compiled(known, input_ids, rows, columns)
+        elif input_ids.shape[1] == 1 and not torch.is_grad_enabled():
+            found = _stepped(known, input_ids, positions, rows)
         if found is not None:
             return found
     where = {} if positions is None else {"position_ids": positions}
@@ -119,6 +123,27 @@ def _compiled(
     cosine, sine = turned
     y = decoder_stack([part.shape for part in held], x, cosine, sine, [part.weights for part in held], asked)
     return norm_at(y, rows * length + columns, weight, known.eps)
+
+
+def _stepped(
+    known: _Backbone, input_ids: Int[Tensor, "n 1"], positions: Int[Tensor, "n 1"], rows: Int[Tensor, " m"]
+) -> Float[Tensor, "m D"] | None:
+    """The states of one token more in each of the sampler's slots, or None if a layer is not served there."""
+    x, weight = known.embed(input_ids), known.norm.weight
+    turned = known.turn(x, positions)
+    parts = [quick_parts(layer, x, turned, stepping=True) for layer in known.layers]
+    own = [part for part in parts if part is not None]
+    if len(own) < len(parts) or not is_plain(weight) or weight.shape != x.shape[2:]:
+        return None
+    from bridle.language.sampler.slots import held_in_slots
+
+    slots = [held_in_slots(part.attention.layer_idx, x, part.shape.key_heads, part.head) for part in own]
+    held = [one for one in slots if one is not None]
+    if len(held) < len(slots):
+        return None
+    cosine, sine = turned
+    y = stack_step([part.shape for part in own], x, cosine, sine, [part.weights for part in own], held)
+    return norm_at(y, rows, weight, known.eps)
 
 
 def _agrees(backbone: PreTrainedModel, known: _Backbone) -> bool:

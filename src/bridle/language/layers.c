@@ -279,12 +279,14 @@ EXPORT void layer_forward(const layer *l) {
 /* ---- one token more in each of some slots */
 
 /* Of one slot: what its token at `place` reads, its key and value having been put there. Keys lie [head, capacity], values the
-   same or, along, [capacity, head]. `w` holds capacity numbers. */
+   same or, along, [capacity, head]. `w` holds capacity numbers and eight more. What a slot holds after that token is finite: eight
+   tokens are read at a time where that stays within the slot, and those too many weigh nothing. */
 CLONES static void recall(int64_t group, int64_t head, int64_t place, int64_t capacity, int across, float scale, const float *q,
                           const float *keys, const float *values, float *read, float *w) {
-  const int64_t count = place + 1, whole = count / 8 * 8;
+  const int64_t count = place + 1, whole = (capacity % 8 ? count : count + 7) / 8 * 8;
   for (int64_t h = 0; h < group; h++, q += head, read += head) {
     float most = -INFINITY, all = 0.0f;
+    vec largest = (vec){0} - INFINITY;
     for (int64_t j = 0; j < whole; j += 8) {
       vec sum = {0};
       for (int64_t d = 0; d < head; d++) sum += q[d] * *(const vec *)(keys + d * capacity + j);
@@ -295,8 +297,12 @@ CLONES static void recall(int64_t group, int64_t head, int64_t place, int64_t ca
       for (int64_t d = 0; d < head; d++) sum += q[d] * keys[d * capacity + j];
       w[j] = sum;
     }
-    for (int64_t j = 0; j < count; j++) most = w[j] > most ? w[j] : most;
     for (int64_t j = count; j % 8; j++) w[j] = -INFINITY;
+    for (int64_t j = 0; j < count; j += 8) {
+      const vec one = *(const vec *)(w + j);
+      largest = pick(one > largest, one, largest);
+    }
+    for (int i = 0; i < 8; i++) most = largest[i] > most ? largest[i] : most;
     vec sums = {0};
     for (int64_t j = 0; j < count; j += 8) {
       const vec one = exp_of((*(vec *)(w + j) - most) * scale);

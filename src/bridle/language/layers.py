@@ -27,7 +27,17 @@ from torch import Tensor
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
 
-__all__ = ["Held", "Shape", "decoder_layer", "decoder_stack", "layer_step", "library", "load", "norm_at"]
+__all__ = [
+    "Held",
+    "Shape",
+    "decoder_layer",
+    "decoder_stack",
+    "layer_step",
+    "library",
+    "load",
+    "norm_at",
+    "stack_step",
+]
 
 _LINEARS = 7
 """Of a layer: query, key, value, out, gate, up and down."""
@@ -171,8 +181,21 @@ def layer_step(
     held: Held,
 ) -> Float[Tensor, "n 1 W"]:
     """Return :func:`decoder_layer` of one token more in each of slots 0 … n−1, without a gradient; ``held`` is written to."""
-    given = [None if t is None else t.contiguous() for t in (None, x, cosine, sine, *weights)]
-    return _Pass((shape,), given, keep=True, threads=1).step(held)
+    return stack_step((shape,), x, cosine, sine, (weights,), (held,))
+
+
+def stack_step(
+    shapes: Sequence[Shape],
+    x: Float[Tensor, "n 1 W"],
+    cosine: Float[Tensor, "b 1 D"],
+    sine: Float[Tensor, "b 1 D"],
+    weights: Sequence[Sequence[Tensor | None]],
+    held: Sequence[Held],
+) -> Float[Tensor, "n 1 W"]:
+    """Return what layers make of x one after another, each a :func:`layer_step`."""
+    own = [weight for layer in weights for weight in layer]
+    given = [None if t is None else t.contiguous() for t in (None, x, cosine, sine, *own)]
+    return _Pass(shapes, given, keep=True, threads=1).step(held)
 
 
 class _Compiled(torch.autograd.Function):
@@ -263,14 +286,17 @@ class _Pass:
         self._share(there)
         return y
 
-    def step(self, held: Held) -> Tensor:
-        """Run one layer there for one token in each slot; return y."""
-        y, capacity = torch.empty_like(self._x), held.keys.shape[3]
-        if self._parts:
-            own = self._own(0, 0, self._x, y)
-            work = self._working([own], capacity + 8)
-            own.work = work.data_ptr()
-            library.layer_step(own, _at(held.keys), _at(held.values), capacity, held.across, held.places.data_ptr())
+    def step(self, held: Sequence[Held]) -> Tensor:
+        """Run there for one token in each slot; return y."""
+        y = torch.empty_like(self._x)
+        if not self._parts:
+            return y
+        between, layers = self._between(y), range(len(self._shapes))
+        owns = [self._own(layer, 0, between[layer], between[layer + 1]) for layer in layers]
+        work = self._working(owns, max(one.keys.shape[3] for one in held) + 8)
+        for own, one in zip(owns, held, strict=True):
+            own.work, capacity = work.data_ptr(), one.keys.shape[3]
+            library.layer_step(own, _at(one.keys), _at(one.values), capacity, one.across, one.places.data_ptr())
         return y
 
     def backward(self, slope: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:

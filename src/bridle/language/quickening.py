@@ -136,10 +136,11 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
     return Compiled
 
 
-def quick_parts(layer: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor]) -> _Parts | None:
-    """Return the parts of a layer that runs compiled on whole texts x, if it does now; else None."""
+def quick_parts(layer: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor], *, stepping: bool = False) -> _Parts | None:
+    """Return the parts of a layer that runs compiled now, on whole texts x or on a token in each slot; else None."""
     parts = _served(layer, x, {"position_embeddings": turned}) if isinstance(layer, _Quick) else None
-    return parts if parts is not None and parts.attention.config._attn_implementation in _CAUSAL else None
+    kinds = (_SLOTS,) if stepping else _CAUSAL
+    return parts if parts is not None and parts.attention.config._attn_implementation in kinds else None
 
 
 def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | None:
