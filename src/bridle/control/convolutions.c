@@ -139,6 +139,7 @@ INLINE void weight_block(const int high, int64_t pixels, const place *at, const 
   for (int64_t p = 0; p < pixels; p++, dy += WIDE) {
     const vec left = *(const vec *)dy, right = *(const vec *)(dy + 8);
     const float *patch = x + at[p];
+    __asm__("" : "+r"(patch)); /* one address, not six sums of x + k, at(p) and i */
     UNROLL for (int i = 0; i < high; i++) {
       const float one = patch[i];
       sum[i][0] += one * left;
@@ -305,15 +306,16 @@ CLONES static void turn_back(int64_t images, int64_t pixels, int64_t filters, co
 }
 
 /* Slopes [pixels, filters] through a rectifier whose values are y, as [filters / 16][pixels, 16]. */
-CLONES static void through(int64_t pixels, int64_t filters, const float *restrict y, const float *restrict dx,
-                           float *restrict dy) {
+CLONES static void through(int64_t pixels, int64_t filters, const float *y, const float *dx, float *dy) {
   for (int64_t from = 0; from < filters; from += WIDE) {
     const int64_t columns = least(WIDE, filters - from);
     for (int64_t p = 0; p < pixels; p++, dy += WIDE) {
       const float *value = y + p * filters + from, *slope = dx + p * filters + from;
-      if (columns == WIDE)
-        for (int64_t j = 0; j < WIDE; j++) dy[j] = value[j] <= 0.0f ? 0.0f : slope[j];
-      else
+      if (columns == WIDE) { /* written out: a compiler would ask number by number */
+        const vec left = *(const vec *)value, right = *(const vec *)(value + 8);
+        *(vec *)dy = (vec)(*(const ints *)slope & ~(left <= (vec){0}));
+        *(vec *)(dy + 8) = (vec)(*(const ints *)(slope + 8) & ~(right <= (vec){0}));
+      } else
         for (int64_t j = 0; j < WIDE; j++) dy[j] = j >= columns || value[j] <= 0.0f ? 0.0f : slope[j];
     }
   }
