@@ -7,7 +7,8 @@
 measurement is a fresh process pinned to the same core (two for ``…-two-threads``), and the sides take turns, so that a busy
 machine slows them alike. A process first trains a little on the same workload, then its clock runs from making the
 environments to the end of training; imports are timed apart. Bridle runs the whole job, its records and checkpoints
-included, and its final evaluation is cut to one action. ``limits`` are the matrix products of the workload alone and its
+included; its final evaluation, which no peer makes, is cut to one action and left out, its seconds kept apart: games of
+Atari take 4 s to be made anew for it. ``limits`` are the matrix products of the workload alone and its
 environments alone, in the same run. Parts that were run replace those of the same name in
 ``bench/results/control_speed.json``; the rest of the file stays.
 """
