@@ -162,7 +162,15 @@ def doubled(module: nn.Module) -> None:
     module.register_forward_hook(lambda own, given, found: 2 * found)
 
 
+def tripled(backbone: nn.Module) -> None:
+    def change(own: nn.Module, given: Any, found: Any) -> None:
+        found.last_hidden_state = 3 * found.last_hidden_state
+
+    backbone.register_forward_hook(change)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a hook on the whole": lambda backbone: tripled(backbone),
     "a hook on the norm": lambda backbone: doubled(backbone.norm),
     "a hook on a layer": lambda backbone: doubled(backbone.layers[1]),
     "the norm's ε": lambda backbone: setattr(backbone.norm, "variance_epsilon", 0.5),
@@ -210,6 +218,12 @@ def test_what_layers_in_one_step_do_not_serve_goes_to_the_backbone(monkeypatch: 
         twice, once = (hidden_at(each, IDS, ROWS, COLUMNS) for each in (other, backbone))
     torch.testing.assert_close(twice, 2 * once, rtol=1e-5, atol=1e-6)
     assert seen == [2, 2]
+
+
+def test_a_window_longer_than_the_trial_is_seen() -> None:
+    own = quick("mistral", sliding_window=20)[1]
+    assert backbones._KNOWN not in own.base_model.__dict__
+    assert backbones._KNOWN in quick("mistral", sliding_window=None)[1].base_model.__dict__
 
 
 def test_a_backbone_that_does_more_is_not_joined() -> None:
