@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bridle.core.head import HeadSlopes
 from bridle.core.losses import sft_loss
 from bridle.errors import NonFiniteStep
 from bridle.language.causal import CausalModel
@@ -106,13 +107,43 @@ def add_likelihood(
     """
     targets = sum(int(item.learnt.sum()) for item in batch)
     total = 0.0
-    for losses in token_losses(model, batch, micro_tokens, computing):
-        loss = losses.sum() / targets
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteStep("the loss", tuple(range(len(batch))))
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+    learn = _learn_at_once if model.fused else _learn
+    for index in micro_batches(torch.tensor([len(item) for item in batch]), micro_tokens):
+        total += learn(model, [batch[i] for i in index.tolist()], targets, len(batch), computing)
     return total
+
+
+def _learn_at_once(
+    model: CausalModel, items: Sequence[Encoded], targets: int, count: int, computing: Computing
+) -> float:
+    """Add one micro-batch's gradient of −(1/targets) Σ log π, each token's logits computed once; return its loss."""
+    tokens = collate(items, 0)
+    with computing():
+        states = model(tokens.input_ids.to(model.device), tokens.rows.to(model.device), tokens.columns.to(model.device))
+    found, slope = model.answers(
+        states.features.detach(),
+        tokens.targets.to(model.device),
+        weighing=lambda _, seen: HeadSlopes(logp=torch.full_like(seen.logp, -1.0 / targets)),
+    )
+    loss = _finite(sft_loss(found.logp).sum() / targets, count)
+    if states.features.requires_grad:
+        states.features.backward(slope)
+    return loss
+
+
+def _learn(model: CausalModel, items: Sequence[Encoded], targets: int, count: int, computing: Computing) -> float:
+    """The same by autograd, for a model whose own forward makes the logits."""
+    (losses,) = token_losses(model, items, None, computing)
+    loss = losses.sum() / targets
+    found = _finite(loss.detach(), count)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _finite(loss: Float[Tensor, ""], count: int) -> float:
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteStep("the loss", tuple(range(count)))
+    return float(loss)
 
 
 @torch.no_grad()
