@@ -11,6 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from bridle.batch import Batch
 from bridle.control import convolutions
@@ -347,3 +348,51 @@ def test_an_update_on_weights_that_are_nan_is_refused() -> None:
         policy.trunk.eyes[0].layers[2].weight.view(-1)[0] = math.nan  # type: ignore[index, union-attr]
     with pytest.raises(NonFiniteStep):
         list(ppo.update(policy, batch, optimiser, PPOSettings(epochs=1, minibatches=1), seed=0, step=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_precision_does_not_matter(dtype: torch.dtype) -> None:
+    layers, images = stack(4, NATURE), bytes_of(3, 4, 40, 40)
+    expected = found(layers, images)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        features = found(layers, images)
+        features.sum().backward()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(features, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_must_see_each_operation_sees_it() -> None:
+    layers, images = stack(4, NATURE), bytes_of(3, 4, 40, 40)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, seen: Tensor) -> Tensor:
+            convolutions_here = served(self.layers, seen)
+            return convolved(convolutions_here, seen) if convolutions_here else self.layers(seen.float() / 255)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Net(), images)
+        other = bytes_of(3, 4, 40, 40, seed=9)
+        torch.testing.assert_close(traced(other), layers(other.float() / 255), rtol=1e-5, atol=1e-5)
+    seen: list[bool] = []
+
+    def asked(weight: Tensor) -> Tensor:
+        seen.append(bool(served(layers, images)))
+        return weight.sum()
+
+    torch.func.grad(asked)(torch.ones(2))
+    torch.func.jvp(asked, (torch.ones(2),), (torch.ones(2),))
+    with forward_ad.dual_level():
+        asked(torch.ones(2))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, made: None)
+    asked(torch.ones(2))
+    handle.remove()
+    assert seen == [False] * 4
+    assert served(layers, images)

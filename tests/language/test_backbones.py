@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from bridle.language import backbones
 from bridle.language.backbones import hidden_at, join_layers
 from bridle.language.layers import Held, Shape, decoder_stack, layer_step, norm_at, stack_step
 from bridle.language.models import recompute_layers
-from bridle.language.quickening import plainly
+from bridle.language.quickening import plainly, quicken
 from tests.language.layered import Case, draw, formula, inputs, quick
+from tests.language.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -242,3 +244,93 @@ def test_a_backbone_that_does_more_is_not_joined() -> None:
 
     assert backbones._KNOWN not in join_layers(quicken(own)).base_model.__dict__
     assert backbones._KNOWN in join_layers(quicken(model)).base_model.__dict__
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [([0, 1], [-1, 3]), ([-1, 2], [0, 5]), ([0, 1], [60, 3]), ([0, 4], [1, 1])],
+    ids=["from the end", "texts from the end", "no such column", "no such text"],
+)
+def test_places_are_pytorchs(rows: list[int], columns: list[int]) -> None:
+    """Read where they lie in memory, such places would be others' memory."""
+    model, own = quick("llama")
+    found = []
+    for backbone in (model.base_model, own.base_model):
+        try:
+            with torch.no_grad():
+                found.append(hidden_at(backbone, IDS, torch.tensor(rows), torch.tensor(columns)))
+        except IndexError:
+            found.append(torch.zeros(0))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert len(found[0]) == (2 if max(rows) < 4 and max(columns) < 6 else 0)
+
+
+def test_no_place_and_places_of_fewer_bits() -> None:
+    backbone = quick("llama")[1].base_model
+    with torch.no_grad():
+        assert hidden_at(backbone, IDS, ROWS[:0], COLUMNS[:0]).shape == (0, 32)
+        few = hidden_at(backbone, IDS, ROWS, COLUMNS.int())
+        torch.testing.assert_close(few, hidden_at(backbone, IDS, ROWS, COLUMNS), rtol=1e-5, atol=1e-5)
+
+
+def test_on_another_device_nothing_is_made_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are joined where a model is read, before it is moved: what there is to move must be left to the backbone."""
+    backbone, asked = quick("llama")[1].base_model.to("meta"), []
+
+    class Own(type(backbone)):  # type: ignore[misc]
+        def forward(self, **given: Any) -> Any:
+            asked.append(given)
+            return SimpleNamespace(last_hidden_state=torch.empty(4, 6, 32, device="meta"))
+
+    def never(*_: object) -> None:
+        raise AssertionError("embedded or turned here")
+
+    for part in (backbone.embed_tokens, backbone.rotary_emb):
+        monkeypatch.setattr(type(part), "forward", never)
+    backbone.__class__ = Own
+    for positions in (None, torch.zeros(4, 6, dtype=torch.int64, device="meta")):
+        places = (t.to("meta") for t in (IDS, ROWS, COLUMNS))
+        assert hidden_at(backbone, *places, positions=positions).device.type == "meta"
+    assert len(asked) == 2
+
+
+def test_what_a_layer_drops_in_training_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", hidden_size=32, num_attention_heads=4)
+    for layer in model.base_model.layers:
+        layer.mlp.residual_dropout = 0.5  # as some families hold it, where no module says so
+    backbone = join_layers(quicken(model)).base_model
+    seen = joined(monkeypatch)
+    with torch.no_grad():
+        hidden_at(backbone.train(), IDS, ROWS, COLUMNS)
+        assert not seen
+        hidden_at(backbone.eval(), IDS, ROWS, COLUMNS)
+    assert seen == [2]
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "fewer layers": lambda backbone: setattr(backbone.config, "num_hidden_layers", 1),
+    "a window": lambda backbone: setattr(backbone.config, "sliding_window", 3),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_is_asked_for_later_is_not_passed_over(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = quick("llama")[1].base_model
+    seen = joined(monkeypatch)
+    ASKED[asked](backbone)
+    with torch.no_grad():
+        hidden_at(backbone, IDS, ROWS, COLUMNS)
+    assert not seen
+
+
+def test_a_hook_on_all_modules_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, seen = quick("llama")[1].base_model, []
+    steps = joined(monkeypatch)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, found: seen.append(module))
+    try:
+        with torch.no_grad():
+            hidden_at(backbone, IDS, ROWS, COLUMNS)
+    finally:
+        handle.remove()
+    assert not steps
+    assert {backbone.layers[0].mlp.up_proj, backbone.norm} <= set(seen)

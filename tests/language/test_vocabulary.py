@@ -251,3 +251,44 @@ def test_what_is_not_served_runs_as_it_is(kind: str, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(vocabulary, "library", None)
     with pytest.raises(AssertionError, match="ran as it is"):
         head_answers(hidden, head, targets, temperature=temperature)
+
+
+@pytest.mark.parametrize("count", [6, 600])
+def test_hidden_states_that_lie_column_by_column_are_the_same(count: int) -> None:
+    (hidden, head), targets = drawn((count, 8, 50, 0, False))[0][0], drawn((count, 8, 50, 0, False))[1]
+
+    def slopes(rows: slice, found: HeadAnswers) -> HeadSlopes:
+        return HeadSlopes(logp=torch.ones_like(found.logp))
+
+    expected = head_answers(hidden, head, targets, weighing=slopes)[1]
+    assert expected is not None
+    found = head_answers(hidden.T.contiguous().T, head, targets, weighing=slopes)[1]
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
+def test_what_gives_no_distribution_or_fits_no_chunk_is_refused() -> None:
+    (hidden, head), targets = drawn((6, 8, 50, 0, False))[0][0], drawn((6, 8, 50, 0, False))[1]
+    with pytest.raises(ValueError, match="temperature"):
+        head_answers(hidden, head, targets, temperature=math.inf)
+    with pytest.raises(ValueError, match="scale"):
+        head_answers(hidden, VocabularyHead(weight=head.weight, scale=0.0), targets)
+    with pytest.raises(ValueError, match="reference"):
+        head_answers(hidden, head, targets, weighing=lambda rows, found: HeadSlopes(kl=torch.ones(6)))
+    with pytest.raises(ValueError, match="slopes have shape"):
+        head_answers(hidden, head, targets, weighing=lambda rows, found: HeadSlopes(logp=torch.ones(5)))
+
+
+def test_a_forbidden_token_stays_so_at_a_low_temperature() -> None:
+    """−inf is put for a large finite number, which grows beyond all numbers again where it is divided by τ < 1/4."""
+    (hidden, head), targets = drawn((6, 8, 50, 0, True))[0][0], drawn((6, 8, 50, 0, True))[1]
+    bias = head.bias.clone()
+    bias[3] = -math.inf
+    kept = torch.arange(50) != 3
+    targets = torch.where(targets == 3, 4, targets)
+    found = head_answers(hidden, VocabularyHead(weight=head.weight, bias=bias), targets, temperature=0.1)[0]
+    z = (hidden.double() @ head.weight.double().T + head.bias.double())[:, kept] / 0.1
+    log_p = z.log_softmax(-1)
+    places = targets - (targets > 3).long()
+    assert closely(found.logp, log_p.gather(1, places[:, None])[:, 0].float())
+    torch.testing.assert_close(found.entropy, -(log_p.exp() * log_p).sum(-1).float(), rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bridle.guards import is_observed, is_plain, is_watched
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
 
@@ -72,15 +73,15 @@ def served(layers: nn.Sequential, images: Tensor) -> list[nn.Conv2d]:
     Empty where the images are no bytes on the CPU, or a layer among the convolutions and rectifiers is more than
     that: padded, dilated, in groups, without bias, subclassed, hooked or in another precision.
     """
-    if library is None or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if library is None or torch.is_autocast_enabled("cpu") or is_observed():
         return []
     bytes_here = type(images) is Tensor and images.dtype is torch.uint8 and images.is_cpu and images.ndim == 4
-    if not bytes_here or _watched(layers):
+    if not bytes_here or is_watched(layers):
         return []
     modules, found = list(layers), list[nn.Conv2d]()
     while 2 * len(found) + 1 < len(modules) and isinstance(modules[2 * len(found)], nn.Conv2d):
         convolution, rectifier = modules[2 * len(found) : 2 * len(found) + 2]
-        if type(rectifier) is not nn.ReLU or _watched(rectifier) or not _plain(cast(nn.Conv2d, convolution)):
+        if type(rectifier) is not nn.ReLU or is_watched(rectifier) or not _plain(cast(nn.Conv2d, convolution)):
             return []
         found.append(cast(nn.Conv2d, convolution))
     if not 0 < len(found) <= _LAYERS:
@@ -101,23 +102,14 @@ _FARTHEST = 2**30
 def _plain(layer: nn.Conv2d) -> bool:
     return (
         type(layer) is nn.Conv2d
-        and not _watched(layer)
+        and not is_watched(layer)
         and layer.padding in ("valid", (0, 0))
         and layer.dilation == (1, 1)
         and layer.groups == 1
         and layer.weight.shape == (layer.out_channels, layer.in_channels, *layer.kernel_size)
         and layer.bias is not None
-        and all(
-            type(one) in (Tensor, nn.Parameter) and one.dtype is torch.float32 and one.is_cpu and one.is_contiguous()
-            for one in (layer.weight, layer.bias)
-        )
+        and all(is_plain(one) and one.is_contiguous() for one in (layer.weight, layer.bias))
     )
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody looks on when a module is called, or has put another function in its place."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
 
 
 def _sides(sides: Sequence[int], layer: nn.Conv2d) -> list[int]:
@@ -202,13 +194,13 @@ class _Pass:
             channels, height, width = filters, (height - tall) // down + 1, (width - wide) // right + 1
             self._sizes.append(channels * height * width)
         if kept is None:
-            kept = [torch.empty(len(images), size) for size in self._sizes[:-1]] if keep else []
+            kept = [_room(len(images), size) for size in self._sizes[:-1]] if keep else []
         self.kept = kept
         self._parts = _shares(len(images), torch.get_num_threads())
 
     def forward(self) -> Tensor:
         """Run there; return the features."""
-        features = torch.empty(len(self._images), self._sizes[-1])
+        features = _room(len(self._images), self._sizes[-1])
         self._share(lambda at, own: library.convolutions_forward(own), features, [])
         return features
 
@@ -224,7 +216,7 @@ class _Pass:
     def _share(self, call: Callable[[int, _Stack], None], features: Tensor, sums: Sequence[Sequence[Tensor]]) -> None:
         """Call for each part: its first image, and the layers as it sees them."""
         parts = [self._part(part, features, sums[place] if sums else ()) for place, part in enumerate(self._parts)]
-        works = [torch.empty(library.convolutions_work(part)) for part in parts]
+        works = [_room(library.convolutions_work(part)) for part in parts]
         for part, work in zip(parts, works, strict=True):
             part.work = work.data_ptr()
         starts = [part.start for part in self._parts]
@@ -245,6 +237,11 @@ class _Pass:
             if place < len(self.kept):
                 layer.kept = _at(self.kept[place], images.start)
         return own
+
+
+def _room(*sizes: int) -> Tensor:
+    """Numbers of float32 on the CPU, whatever is the default."""
+    return torch.empty(*sizes, dtype=torch.float32, device="cpu")
 
 
 def _at(tensor: Tensor, row: int) -> int:

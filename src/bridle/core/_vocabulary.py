@@ -61,7 +61,9 @@ class Projection:
         self.weight = weight.to(self.dtype)
         # −inf forbids a token; as a large finite number it still does, and 0 · log 0 stays 0.
         lowest = torch.finfo(self.dtype).min / 4
-        self.bias = None if bias is None else bias.to(self.dtype).clamp(min=lowest).mul_(shaping.inner)
+        self.bias = (
+            None if bias is None else bias.to(self.dtype).clamp(min=lowest).mul_(shaping.inner).clamp_(min=lowest)
+        )
         self.shaping = shaping
 
     def inputs(self, rows: slice) -> Tensor:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 
 from bridle.control import compiled, convolutions
@@ -206,7 +207,7 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
         sources = of_world(given, config.world, config.network.factory)
         with place.session(config, sources) as session:
             session.say(f"{config.env}: {config.world.num_envs} environments {acted.form}, settings: {config.preset}")
-            if _runs_plainly(policy):
+            if _runs_plainly(policy, session.device):
                 session.say("networks run without compiled code, slower; python -m bridle.native.compiling builds it")
             if isinstance(acted.actions, BoxActions):
                 session.leave_out("entropy_collapse")  # a density's entropy has no floor
@@ -220,9 +221,9 @@ def run(config: ControlConfig, *, resume: bool = False, force: bool = False, wor
     return session.run.path
 
 
-def _runs_plainly(policy: ControlPolicy) -> bool:
-    """Whether there is compiled code for some of a policy's networks, but none was built."""
-    looks = any(isinstance(module, NatureCNN) for module in policy.modules())
+def _runs_plainly(policy: ControlPolicy, device: torch.device) -> bool:
+    """Whether there is compiled code for some of a policy's networks where it runs, but none was built."""
+    looks = device.type == "cpu" and any(isinstance(module, NatureCNN) for module in policy.modules())
     small = isinstance(policy, SmallActorCritic)
     return (small and compiled.library is None) or (looks and convolutions.library is None)
 

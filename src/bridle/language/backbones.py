@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bridle.guards import is_plain, is_watched
 from bridle.language.layers import decoder_stack, norm_at, stack_step
-from bridle.language.quickening import FAILURES, TOLERANCE, is_plain, is_watched, quick_parts
+from bridle.language.quickening import FAILURES, TOLERANCE, is_quick, quick_parts
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _MASKS = ("sliding_window", "attention_chunk_size")
 class _Backbone:
     """A backbone taken apart."""
 
+    config: Any
     embed: Any
     layers: list[Any]
     norm: Any
@@ -81,23 +83,39 @@ def join_layers(model: PreTrainedModel) -> PreTrainedModel:
 def _taken_apart(backbone: PreTrainedModel) -> _Backbone | None:
     children = dict(backbone.named_children())
     config = backbone.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ()
-    if children.keys() != set(_PARTS) or any(getattr(config, name, None) is not None for name in _MASKS):
+    if children.keys() != set(_PARTS):
         return None
     embed, layers, norm, turn = (cast("Any", children[name]) for name in _PARTS)
     eps = getattr(norm, "variance_epsilon", None)
-    if type(layers) is not nn.ModuleList or len(layers) != config.num_hidden_layers or eps is None or len(layers) == 0:
+    if type(layers) is not nn.ModuleList or eps is None or not _asks_all(config, len(layers)):
         return None
-    if any(kind != "full_attention" for kind in kinds) or list(norm._parameters) != ["weight"]:
+    if list(norm._parameters) != ["weight"] or not is_plain(getattr(embed, "weight", None)):
         return None
     held = [(backbone._modules, name, children[name]) for name in _PARTS]
     held += [(layers._modules, name, layer) for name, layer in layers.named_children()]
-    return _Backbone(embed=embed, layers=list(layers), norm=norm, turn=turn, eps=eps, held=held)
+    return _Backbone(config=config, embed=embed, layers=list(layers), norm=norm, turn=turn, eps=eps, held=held)
+
+
+def _asks_all(config: Any, layers: int) -> bool:
+    """Whether each text is to be seen in full by so many layers, one or more, and no others."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return (
+        config.num_hidden_layers == layers > 0
+        and all(kind == "full_attention" for kind in kinds)
+        and all(getattr(config, name, None) is None for name in _MASKS)
+    )
 
 
 def _stands(backbone: PreTrainedModel, known: _Backbone) -> bool:
-    """Whether modules are where they were found and as they were, nobody looks on, and no layer is to be run again."""
-    if is_watched(backbone) or known.norm.variance_epsilon != known.eps or len(backbone.layers) != len(known.layers):
+    """Whether a backbone is what it was, its tokens and layers go through compiled code, and no layer is to be run again.
+
+    On other devices and in other precisions it is not, which shows here, before a token is embedded.
+    """
+    if not all(is_plain(one) for one in (known.embed.weight, known.norm.weight)) or torch.is_autocast_enabled("cpu"):
+        return False
+    if not all(map(is_quick, known.layers)) or len(backbone.layers) != len(known.layers) or is_watched(backbone):
+        return False
+    if known.norm.variance_epsilon != known.eps or not _asks_all(known.config, len(known.layers)):
         return False
     if any(owner.get(name) is not module or is_watched(module) for owner, name, module in known.held):
         return False
@@ -107,15 +125,17 @@ def _stands(backbone: PreTrainedModel, known: _Backbone) -> bool:
 def _compiled(
     known: _Backbone, input_ids: Int[Tensor, "B L"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
 ) -> Float[Tensor, "n D"] | None:
-    """The states, or None if a layer is not served."""
+    """The states, or None if a layer, or a place, is not served."""
+    texts, length = input_ids.shape
+    if not (_within(rows, texts) and _within(columns, length)):
+        return None
     x, weight = known.embed(input_ids), known.norm.weight
-    length = input_ids.shape[1]
-    turned = known.turn(x, torch.arange(length)[None])
+    turned = known.turn(x, torch.arange(length, device=x.device)[None])
     parts = [quick_parts(layer, x, turned) for layer in known.layers]
     held = [part for part in parts if part is not None]
-    if len(held) < len(parts) or not is_plain(weight) or weight.shape != x.shape[2:] or len(rows) == 0:
+    if len(held) < len(parts) or weight.shape != x.shape[2:]:
         return None
-    asked = torch.zeros(2, len(input_ids), dtype=torch.int64)
+    asked = rows.new_zeros(2, texts)
     asked[0] = length
     asked[0].scatter_reduce_(0, rows, columns, "amin")
     asked[1].scatter_reduce_(0, rows, columns + 1, "amax")
@@ -123,6 +143,14 @@ def _compiled(
     cosine, sine = turned
     y = decoder_stack([part.shape for part in held], x, cosine, sine, [part.weights for part in held], asked)
     return norm_at(y, rows * length + columns, weight, known.eps)
+
+
+def _within(places: Int[Tensor, " n"], count: int) -> bool:
+    """Whether places, one or more, are int64 from 0 to ``count`` − 1. For others PyTorch has rules of its own."""
+    if places.dtype is not torch.int64 or len(places) == 0:
+        return False
+    low, high = places.aminmax()
+    return int(low) >= 0 and int(high) < count
 
 
 def _stepped(
@@ -133,7 +161,7 @@ def _stepped(
     turned = known.turn(x, positions)
     parts = [quick_parts(layer, x, turned, stepping=True) for layer in known.layers]
     own = [part for part in parts if part is not None]
-    if len(own) < len(parts) or not is_plain(weight) or weight.shape != x.shape[2:]:
+    if len(own) < len(parts) or weight.shape != x.shape[2:] or not _within(rows, len(x)):
         return None
     from bridle.language.sampler.slots import held_in_slots
 

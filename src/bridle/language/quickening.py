@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bridle.language import layers
+from bridle.guards import is_observed, is_plain, is_watched
+from bridle.language import layers, vocabulary
 from bridle.language.layers import Shape, decoder_layer, layer_step
 from bridle.random import generator
 
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAILURES",
     "TOLERANCE",
-    "is_plain",
-    "is_watched",
+    "is_quick",
     "plainly",
     "quick_parts",
     "quicken",
@@ -85,13 +85,16 @@ class _Parts:
     """where each weight was found"""
     modules: list[tuple[dict[str, Any], str, nn.Module]]
     """where each module was found"""
+    dropouts: list[tuple[dict[str, Any], str]]
+    """where shares are said that are left out in training"""
 
 
 def speed_notes(model: nn.Module) -> tuple[str, ...]:
-    """Say in a line that a model's layers could run compiled and do not, for nothing is compiled; nothing else."""
-    if layers.library is not None or not any(_parts(layer) is not None for layer in model.modules()):
+    """Say in a line that a model's layers or head could run compiled and do not, for that is not built; nothing else."""
+    built = layers.library is not None and vocabulary.library is not None
+    if built or not any(_parts(layer) is not None for layer in model.modules()):
         return ()
-    return ("layers run without compiled code, slower; python -m bridle.native.compiling builds it",)
+    return ("layers or vocabulary run without compiled code, slower; python -m bridle.native.compiling builds it",)
 
 
 def runs_compiled(model: nn.Module) -> bool:
@@ -136,6 +139,11 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
     return Compiled
 
 
+def is_quick(layer: nn.Module) -> bool:
+    """Whether a layer is of the class that runs compiled where it is served."""
+    return isinstance(layer, _Quick)
+
+
 def quick_parts(layer: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor], *, stepping: bool = False) -> _Parts | None:
     """Return the parts of a layer that runs compiled now, on whole texts x or on a token in each slot; else None."""
     parts = _served(layer, x, {"position_embeddings": turned}) if isinstance(layer, _Quick) else None
@@ -149,7 +157,7 @@ def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | N
         return None
     if given.get("is_causal") is False:  # the one that means something where it is not asked for
         return None
-    if not is_plain(x) or x.numel() == 0 or layers.library is None or torch.is_autocast_enabled("cpu"):
+    if not is_plain(x) or x.numel() == 0 or layers.library is None or torch.is_autocast_enabled("cpu") or is_observed():
         return None
     parts = _parts(layer)
     turned = given.get("position_embeddings")
@@ -176,9 +184,9 @@ def _parts(layer: nn.Module) -> _Parts | None:
             return None
         known = layer.__dict__[_KNOWN] = fresh
     attention = known.attention
-    if attention.config._attn_implementation not in (*_CAUSAL, _SLOTS) or (
-        layer.training and attention.attention_dropout
-    ):
+    if attention.config._attn_implementation not in (*_CAUSAL, _SLOTS):
+        return None
+    if layer.training and any(owner.get(name) for owner, name in known.dropouts):
         return None
     held = zip(known.weights, known.sizes, strict=True)
     served = all(w is None or (w.dtype is torch.float32 and w.is_cpu and w.shape == size) for w, size in held)
@@ -190,12 +198,6 @@ def _stands(known: _Parts) -> bool:
     if _traits(known.attention, known.norms) != known.traits:
         return False
     return not any(owner.get(name) is not module or is_watched(module) for owner, name, module in known.modules)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody looks on when a module is called, or has put another function in the place of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
 
 
 def _traits(attention: Any, norms: list[Any]) -> tuple[Any, ...]:
@@ -243,6 +245,7 @@ def _taken_apart(layer: nn.Module) -> _Parts | None:
         sizes=list(sizes),
         places=places,
         modules=modules,
+        dropouts=[(vars(one), name) for one in layer.modules() for name in vars(one) if "dropout" in name],
     )
 
 
@@ -255,16 +258,6 @@ def _linears(children: Mapping[str, nn.Module]) -> list[nn.Linear] | None:
     found = [children[part]._modules.get(name) for part, name in _named()]
     more = len(children["self_attn"]._modules) > 4 or children["mlp"]._modules.keys() - {*_LINEARS["mlp"], "act_fn"}
     return None if more or any(type(one) is not nn.Linear for one in found) else cast("list[nn.Linear]", found)
-
-
-def is_plain(tensor: Tensor | None) -> bool:
-    """Whether a tensor is an ordinary one of float32 on the CPU."""
-    return (
-        tensor is not None
-        and type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype is torch.float32
-        and tensor.device.type == "cpu"
-    )
 
 
 @torch.no_grad()

@@ -70,7 +70,12 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequence[Int[Tensor, " L"
 
     The position comes from the lengths, so a sequence that ends in the pad token is still read at its end. A class
     without a head per token (BERT and its kind) pools by itself, from the attention mask.
+
+    Raises:
+        ValueError: a sequence has no token to be read at.
     """
+    if not all(len(sequence) for sequence in sequences):
+        raise ValueError("a sequence is empty: there is no last token to read its score at")
     hidden, head = _last_hidden(model, sequences)
     if head is None:
         return hidden[:, 0].float()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bridle.core import head as plain
 from bridle.core import logprobs as plainer
+from bridle.core._vocabulary import Shaping
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead, Weighing
 from bridle.language.layers import pool, shares
 from bridle.native.compiling import compiled_from
@@ -107,7 +108,7 @@ def head_answers(
             bias_grad=bias_grad,
         )
     run = _Run([_Given.of(*side, temperature) for side in sides], targets.contiguous(), len(head.weight), weight_grad)
-    slope = None if weighing is None else torch.empty_like(hidden)
+    slope = None if weighing is None else torch.empty(hidden.shape, dtype=torch.float32, device="cpu")
     inner = head.scale / temperature
     bias_sum = None if bias_grad is None else torch.zeros_like(bias_grad)
     for rows in run.chunks(keep=weighing is not None):
@@ -155,9 +156,9 @@ class _Given:
 
     @classmethod
     def of(cls, hidden: Tensor, head: VocabularyHead, temperature: float) -> _Given:
-        inner = head.scale / temperature
+        inner = Shaping(temperature=temperature, scale=head.scale, softcap=None).inner
         lowest = torch.finfo(torch.float32).min / 4  # −inf forbids a token; as a large finite number it still does
-        bias = None if head.bias is None else head.bias.detach().clamp(min=lowest).mul_(inner)
+        bias = None if head.bias is None else head.bias.detach().clamp(min=lowest).mul_(inner).clamp_(min=lowest)
         scaled = hidden.detach() if inner == 1.0 else hidden.detach() * inner
         return cls(hidden=scaled.contiguous(), weight=head.weight.detach(), bias=bias)
 
@@ -188,7 +189,7 @@ class _Run:
             self._kept = [side.hidden.new_empty(numbers) for side in self._sides] + [None] * (2 - len(self._sides))
         sizes = _Head(rows, self._vocabulary, *self._both(slice(0, rows)))
         self._work = [self._found.new_empty(library.head_work(sizes)) for _ in self._parts]
-        self._sums = torch.empty(len(self._parts), rows, _COLUMNS, dtype=torch.float64)
+        self._sums = torch.empty(len(self._parts), rows, _COLUMNS, dtype=torch.float64, device="cpu")
         width = self._sides[0].hidden.shape[1]
         self._slopes = [self._found.new_empty(rows, width) for _ in self._parts[1:]] if keep else []
         return [slice(part.start, part.stop) for part in parts]
@@ -217,7 +218,9 @@ class _Run:
         if all(slope is None for slope in given):
             into.zero_()
             return
-        held = [None if slope is None else slope.detach().float().contiguous() for slope in given]
+        if slopes.kl is not None and len(self._sides) == 1:
+            raise ValueError("slopes.kl is given without a reference to be far from")
+        held = [None if slope is None else _column(slope, rows.stop - rows.start) for slope in given]
         for name, tensor in zip(_POINTERS[-5:], (*held, self._weight_grad, bias_sum), strict=True):
             setattr(self._own, name, _at(tensor))
         outs = [into, *(slope[: rows.stop - rows.start] for slope in self._slopes)]
@@ -269,6 +272,14 @@ def _fits(tensor: Tensor, shape: Sequence[int]) -> bool:
         and tensor.device.type == "cpu"
         and tuple(tensor.shape) == tuple(shape)
     )
+
+
+def _column(slope: Tensor, count: int) -> Tensor:
+    if slope.shape != (count,):
+        raise ValueError(
+            f"slopes have shape {tuple(slope.shape)}: expected ({count},), one for each position of the chunk"
+        )
+    return slope.detach().to("cpu", torch.float32).contiguous()
 
 
 def _at(tensor: Tensor | None) -> int | None:
