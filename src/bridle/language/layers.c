@@ -23,45 +23,11 @@
 
 #include "attention.h"
 
-#define TILE 48  /* tokens at a time through what looks at one token alone */
+#include "layer.h"
+
 #define DEEP 192 /* tokens at least, where there are as many, that a weight's gradient is added to for at a time */
 
-typedef struct {
-  const float *weight; /* [out, in] */
-  const float *bias;   /* [out] or NULL */
-  float *weight_gradient, *bias_gradient; /* of the same shapes, or NULL where not asked for */
-} linear;
-
-typedef struct {
-  int64_t texts, length, width, heads, key_heads, head, hidden;
-  int64_t keep;    /* whether what the way back reads is kept for all texts, or written over by the next */
-  int64_t turning; /* numbers between two texts' rows of cos and sin: 0 where all texts share theirs */
-  const int64_t *begins, *ends; /* [texts] y is asked for of tokens begins ... ends - 1; NULL is 0 and length */
-  float first_eps, second_eps, scale;
-  const float *first_norm, *second_norm; /* [width] */
-  float *first_gradient, *second_gradient;
-  linear query, key, value, out, gate, up, down;
-  const float *cosine, *sine; /* [length, head] */
-  const float *x;             /* [texts, length, width] */
-  float *y;
-  float *qkv;  /* [texts, length, (heads + 2 key_heads) head], turned */
-  float *read; /* [texts, length, heads head] */
-  float *sums; /* [texts, heads, 2, length] what attention keeps of each query's scores */
-  float *h;    /* [texts, length, width] */
-  float *gate_up; /* [texts, length, 2 padded hidden] */
-  float *work;    /* see layer_work */
-} layer;
-
 /* ---- what looks at one token alone; widths are multiples of 8 */
-
-CLONES static void norm(int64_t rows, int64_t width, float eps, const float *x, const float *w, float *n) {
-  for (int64_t i = 0; i < rows; i++, x += width, n += width) {
-    vec squares = {0};
-    for (int64_t j = 0; j < width; j += 8) squares += *(const vec *)(x + j) * *(const vec *)(x + j);
-    const float by = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
-    for (int64_t j = 0; j < width; j += 8) *(vec *)(n + j) = *(const vec *)(w + j) * (*(const vec *)(x + j) * by);
-  }
-}
 
 /* d += the norm's pull-back of `slope`: with s = rsqrt(mean x^2 + eps), s w o slope - x s^3 mean(x o w o slope). */
 CLONES static void norm_back(int64_t rows, int64_t width, float eps, const float *x, const float *w, const float *slope, float *d,
@@ -94,15 +60,6 @@ EXPORT void norm_at_back(int64_t n, int64_t width, float eps, const float *x, co
     norm_back(1, width, eps, x + places[i] * width, w, slope + i * width, d + places[i] * width, w_gradient);
 }
 
-/* act = silu(g) o u, rows of g and u side by side. */
-CLONES static void gate(int64_t rows, int64_t hidden, const float *gate_up, float *act) {
-  for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden)
-    for (int64_t j = 0; j < hidden; j += 8) {
-      const vec g = *(const vec *)(gate_up + j);
-      *(vec *)(act + j) = g * sigmoid(g) * *(const vec *)(gate_up + hidden + j);
-    }
-}
-
 /* From d = the slope of act: act again, and the slopes of g and u. */
 CLONES static void gate_back(int64_t rows, int64_t hidden, const float *gate_up, const float *d, float *act, float *slope) {
   for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden, d += hidden, slope += 2 * hidden)
@@ -115,38 +72,6 @@ CLONES static void gate_back(int64_t rows, int64_t hidden, const float *gate_up,
     }
 }
 
-/* Turn heads by their positions: x cos + (-second half, first half of x) sin; back: its transpose. */
-INLINE void turn(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x, int64_t stride,
-                 const int back) {
-  const int64_t half = width / 2;
-  for (int64_t i = 0; i < rows; i++, cosine += width, sine += width, x += stride)
-    for (int64_t h = 0; h < heads; h++)
-      for (int64_t j = 0; j < half; j += 4) {
-        float *one = x + h * width + j, *two = one + half;
-        const four a = *(four *)one, b = *(four *)two;
-        const four c = *(const four *)(cosine + j), s = *(const four *)(sine + j);
-        const four d = *(const four *)(cosine + half + j), t = *(const four *)(sine + half + j);
-        *(four *)one = back ? a * c + b * t : a * c - b * s;
-        *(four *)two = back ? b * d - a * s : b * d + a * t;
-      }
-}
-
-CLONES static void turn_forth(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
-                              int64_t stride) {
-  turn(rows, heads, width, cosine, sine, x, stride, 0);
-}
-
-CLONES static void turn_back(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
-                             int64_t stride) {
-  turn(rows, heads, width, cosine, sine, x, stride, 1);
-}
-
-CLONES static void add_bias(int64_t rows, int64_t n, const float *bias, float *restrict x, int64_t stride) {
-  if (bias)
-    for (int64_t i = 0; i < rows; i++, x += stride)
-      for (int64_t j = 0; j < n; j++) x[j] += bias[j];
-}
-
 CLONES static void sum_rows(int64_t rows, int64_t n, const float *x, int64_t stride, float *restrict sum) {
   if (sum)
     for (int64_t i = 0; i < rows; i++, x += stride)
@@ -154,12 +79,6 @@ CLONES static void sum_rows(int64_t rows, int64_t n, const float *x, int64_t str
 }
 
 /* ---- the layer */
-
-INLINE float *take(float **room, int64_t count) {
-  float *found = *room;
-  *room += padded(count);
-  return found;
-}
 
 INLINE int64_t end_of(const layer *l, int64_t text) { return l->ends ? l->ends[text] : l->length; }
 INLINE int64_t begin_of(const layer *l, int64_t text) { return l->begins ? least(l->begins[text], end_of(l, text)) : 0; }
@@ -170,8 +89,6 @@ static sight sight_of(const layer *l, int64_t text) {
   return (sight){.length = l->length, .begin = begin_of(l, text), .end = end_of(l, text), .head = l->head,
                  .group = l->heads / l->key_heads, .stride = queries + 2 * keys, .along = queries, .scale = l->scale};
 }
-
-INLINE int64_t even(int64_t n) { return (n + 7) / 8 * 8; }
 
 /* Texts at a time on the way back, and tokens of them at a time to learn from: DEEP or few more, less than twice as many. */
 static int64_t together(const layer *l) { return l->length < DEEP ? DEEP / l->length : 1; }
@@ -200,57 +117,11 @@ CLONES static void exponential(int64_t n, const float *x, float *y) {
 }
 EXPORT void layer_exponential(int64_t n, const float *x, float *y) { exponential(n, x, y); }
 
-/* C[rows, out] (+)= x W^T + b, the weight packed. */
-static void apply(const linear *w, int64_t rows, int64_t in, int64_t out, int64_t filled, const float *x, int64_t stride,
-                  const float *packed, float *c, int64_t dc, int add) {
-  product(rows, filled, in, x, stride, 1, packed, in, c, dc, add);
-  add_bias(rows, out, w->bias, c, dc);
-}
-
-/* The weights, packed: of `x W^T`, and what one tile needs beside them. */
-typedef struct {
-  float *query, *key, *value, *out, *gate, *up, *down, *n, *act;
-} panels;
-
 static panels pack_forth(const layer *l, float **room) {
-  const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = even(l->hidden);
-  panels p;
-  p.query = take(room, width * padded(queries)), p.key = take(room, width * padded(keys));
-  p.value = take(room, width * padded(keys)), p.out = take(room, queries * padded(width));
-  p.gate = take(room, width * padded(hidden)), p.up = take(room, width * padded(hidden));
-  p.down = take(room, hidden * padded(width));
-  p.n = take(room, TILE * width), p.act = take(room, TILE * hidden);
-  pack_turned(width, queries, l->query.weight, width, p.query);
-  pack_turned(width, keys, l->key.weight, width, p.key);
-  pack_turned(width, keys, l->value.weight, width, p.value);
-  pack_turned(queries, width, l->out.weight, queries, p.out);
-  pack_turned(width, l->hidden, l->gate.weight, width, p.gate);
-  pack_turned(width, l->hidden, l->up.weight, width, p.up);
-  pack_turned(l->hidden, width, l->down.weight, l->hidden, p.down);
+  panels p = lay_out(l, room);
+  p.n = take(room, TILE * l->width), p.act = take(room, TILE * even(l->hidden));
+  pack_weights(l, &p);
   return p;
-}
-
-/* A tile's queries, keys and values, not turned yet. */
-static void project(const layer *l, const panels *p, int64_t rows, const float *x, float *qkv) {
-  const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, stride = queries + 2 * keys;
-  norm(rows, width, l->first_eps, x, l->first_norm, p->n);
-  apply(&l->query, rows, width, queries, queries, p->n, width, p->query, qkv, stride, 0);
-  apply(&l->key, rows, width, keys, keys, p->n, width, p->key, qkv + queries, stride, 0);
-  apply(&l->value, rows, width, keys, keys, p->n, width, p->value, qkv + queries + keys, stride, 0);
-}
-
-/* A tile from what attention has read to y. */
-static void finish(const layer *l, const panels *p, int64_t rows, const float *x, const float *read, float *h, float *gate_up,
-                   float *y) {
-  const int64_t width = l->width, queries = l->heads * l->head, hidden = even(l->hidden);
-  memcpy(h, x, sizeof(float) * rows * width);
-  apply(&l->out, rows, queries, width, width, read, queries, p->out, h, width, 1);
-  norm(rows, width, l->second_eps, h, l->second_norm, p->n);
-  apply(&l->gate, rows, width, l->hidden, hidden, p->n, width, p->gate, gate_up, 2 * hidden, 0);
-  apply(&l->up, rows, width, l->hidden, hidden, p->n, width, p->up, gate_up + hidden, 2 * hidden, 0);
-  gate(rows, hidden, gate_up, p->act);
-  memcpy(y, h, sizeof(float) * rows * width);
-  apply(&l->down, rows, l->hidden, width, width, p->act, hidden, p->down, y, width, 1);
 }
 
 EXPORT void layer_forward(const layer *l) {
