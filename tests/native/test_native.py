@@ -50,15 +50,20 @@ def test_what_was_built_from_another_source_is_not_opened(source: Path) -> None:
     assert load_library(foreign, source, FUNCTIONS, "told") is None
 
 
-def test_a_source_is_another_where_a_header_of_it_is(tmp_path: Path) -> None:
-    place, header = tmp_path / "twice.c", tmp_path / "types.h"
-    header.write_text("#include <stdint.h>\n")
-    place.write_text(TWICE.replace("<stdint.h>", '"types.h"'))
+@pytest.mark.parametrize("name", ["types.h", "../other/types.h"])
+def test_a_source_is_another_where_a_header_of_it_is(name: str, tmp_path: Path) -> None:
+    """Headers include by what lies beside themselves, not beside the source."""
+    place, header, inner = (tmp_path / "here" / one for one in ("twice.c", name, f"{name[:-2]}_inner.h"))
+    place.parent.mkdir()
+    header.parent.mkdir(exist_ok=True)
+    inner.write_text("#include <stdint.h>\n")
+    header.write_text(f'#include "{inner.name}"\n')
+    place.write_text(TWICE.replace("<stdint.h>", f'"{name}"'))
     problem = compile_source(place, compiled_from(place))
     if problem:
         pytest.skip(f"not compiled: {problem}")
     assert load_library(compiled_from(place), place, FUNCTIONS, "told").twice(3.0) == 6.0
-    header.write_text("#include <stdint.h>\ntypedef int64_t count;\n")
+    inner.write_text("#include <stdint.h>\ntypedef int64_t count;\n")
     assert load_library(compiled_from(place), place, FUNCTIONS, "told") is None
 
 

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../native/simd.h"
+
 #define LAYERS 8
 #define TOGETHER 32768 /* numbers of the images that go through all layers at once */
 #define MOST 16        /* images of them */
@@ -20,8 +22,6 @@
 #define DEEP 256       /* numbers of a patch summed in one go: 16 columns of weights to them fill half the nearest cache */
 #define PIXELS 128     /* pixels of a layer's slopes summed in one go */
 
-typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t place __attribute__((may_alias));
 
 typedef struct {
@@ -41,17 +41,6 @@ typedef struct {
   float *work;         /* see convolutions_work */
 } stack;
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((noinline, target_clones("arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define EXPORT __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 6") /* so that sums stay in registers */
-
-INLINE int64_t padded(int64_t n) { return (n + WIDE - 1) / WIDE * WIDE; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t rows_of(const convolution *l) { return (l->height - l->tall) / l->down + 1; }
 INLINE int64_t columns_of(const convolution *l) { return (l->width - l->wide) / l->right + 1; }
 INLINE int64_t pixels_of(const convolution *l) { return rows_of(l) * columns_of(l); }

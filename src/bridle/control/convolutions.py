@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +19,7 @@ from torch.nn import functional
 from bridle.guards import is_observed, is_plain, is_watched
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
+from bridle.native.sharing import for_each, shares
 
 __all__ = ["convolved", "library", "load", "served"]
 
@@ -196,7 +194,7 @@ class _Pass:
         if kept is None:
             kept = [_room(len(images), size) for size in self._sizes[:-1]] if keep else []
         self.kept = kept
-        self._parts = _shares(len(images), torch.get_num_threads())
+        self._parts = shares(len(images), torch.get_num_threads())
 
     def forward(self) -> Tensor:
         """Run there; return the features."""
@@ -219,11 +217,7 @@ class _Pass:
         works = [_room(library.convolutions_work(part)) for part in parts]
         for part, work in zip(parts, works, strict=True):
             part.work = work.data_ptr()
-        starts = [part.start for part in self._parts]
-        if len(parts) == 1:
-            call(starts[0], parts[0])
-        elif parts:
-            list(_pool(len(parts)).map(call, starts, parts))
+        for_each(len(parts), lambda number: call(self._parts[number].start, parts[number]))
 
     def _part(self, images: range, features: Tensor, sums: Sequence[Tensor]) -> _Stack:
         own = _Stack.from_buffer_copy(self._own)
@@ -247,15 +241,3 @@ def _room(*sizes: int) -> Tensor:
 def _at(tensor: Tensor, row: int) -> int:
     """Where a row of a tensor lies."""
     return tensor.data_ptr() + tensor.element_size() * row * tensor.stride(0)
-
-
-def _shares(images: int, threads: int) -> list[range]:
-    """Images in as many neighbouring parts as there are threads, or images."""
-    parts = min(images, threads)
-    bounds = [images * i // parts for i in range(parts + 1)] if parts else [0]
-    return [range(start, stop) for start, stop in pairwise(bounds)]
-
-
-@cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers)

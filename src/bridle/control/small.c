@@ -12,12 +12,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../native/simd.h"
+
 #define LAYERS 8
 #define ROWS 96   /* states at a time: their layers of 64 fill half a cache of 64 KiB */
 #define HIGH 6    /* rows of C, and */
 #define WIDE 16   /* columns of it, that are summed in registers */
-
-typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 
 typedef struct {
   int64_t rows, layers, tanh, transposed;
@@ -31,16 +31,6 @@ typedef struct {
   int64_t across, along;
   float *work;           /* see perceptron_work */
 } perceptron;
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EXPORT __attribute__((visibility("default"), target_clones("arch=x86-64-v3", "default")))
-#define CLONES __attribute__((noinline, target_clones("arch=x86-64-v3", "default")))
-#else
-#define EXPORT __attribute__((visibility("default")))
-#define CLONES
-#endif
-#define UNROLL _Pragma("GCC unroll 6") /* so that sums stay in registers */
-#define INLINE static inline __attribute__((always_inline))
 
 static int64_t most(const perceptron *net) {
   int64_t found = 0;
@@ -149,14 +139,14 @@ CLONES static void activate(float *restrict layer, const float *restrict bias, i
 }
 
 /* Numbers that `work` must hold. */
-__attribute__((visibility("default"))) int64_t perceptron_work(const perceptron *net) {
+EXPORT int64_t perceptron_work(const perceptron *net) {
   int64_t weights = 0, wide = most(net);
   for (int64_t k = 0; k < net->layers; k++) weights += net->width[k] * net->width[k + 1];
   return weights + WIDE * (wide > ROWS ? wide : ROWS) + 2 * ROWS * wide;
 }
 
 /* The checksum of this file, as who compiled it says: what is called must be what is here. */
-__attribute__((visibility("default"))) int64_t perceptron_source(void) { return SOURCE; }
+EXPORT int64_t perceptron_source(void) { return SOURCE; }
 
 /* out(j, i) = h_i W_j^T + b_j of few outputs: sums along a row instead of blocks that would stand half empty. */
 CLONES static void outputs(int64_t rows, int64_t n, int64_t in, const float *restrict h, const float *restrict weight,
@@ -259,7 +249,7 @@ INLINE void down(const perceptron *net, int64_t at, int64_t rows, const float *x
   }
 }
 
-EXPORT void perceptron_forward(const perceptron *net, const float *x) {
+EXPORT CLONES void perceptron_forward(const perceptron *net, const float *x) {
   const room place = room_of(net);
   const float *weights[LAYERS];
   turn(net, place.turned, weights);
@@ -268,7 +258,7 @@ EXPORT void perceptron_forward(const perceptron *net, const float *x) {
 }
 
 /* `slopes` [out, rows]: of the loss, with respect to each output. */
-EXPORT void perceptron_backward(const perceptron *net, const float *x, const float *slopes) {
+EXPORT CLONES void perceptron_backward(const perceptron *net, const float *x, const float *slopes) {
   const room place = room_of(net);
   for (int64_t at = 0; at < net->rows; at += ROWS)
     down(net, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->width[0], slopes + at, net->rows, &place);
@@ -343,23 +333,23 @@ INLINE void normal_down(int64_t n, int64_t width, const float *z, const float *l
   }
 }
 
-EXPORT int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p,
-                               float *logp, float *entropy) {
+EXPORT CLONES int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p,
+                                      float *logp, float *entropy) {
   return softmax_up(n, actions, z, chosen, logs, p, logp, entropy);
 }
 
-EXPORT void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
-                             const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
+EXPORT CLONES void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
+                                    const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
   softmax_down(n, actions, chosen, logs, p, entropy, to_logp, to_entropy, to_z);
 }
 
-EXPORT void normal_forward(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std,
-                           float *z, float *logp) {
+EXPORT CLONES void normal_forward(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std,
+                                  float *z, float *logp) {
   normal_up(n, width, mean, actions, log_std, z, logp);
 }
 
-EXPORT void normal_backward(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
-                            const float *to_entropy, float *to_mean, float *to_log_std) {
+EXPORT CLONES void normal_backward(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
+                                   const float *to_entropy, float *to_mean, float *to_log_std) {
   normal_down(n, width, z, log_std, to_logp, to_entropy, to_mean, to_log_std);
 }
 
@@ -479,7 +469,7 @@ INLINE void adam_step(const descent *task, int64_t step, float share) {
 
 /* Returns how many steps were taken, which is fewer than S where the next minibatch names what there is not, or its
    gradient is not finite; nothing was moved by that one. */
-EXPORT int64_t clipped_descent(const perceptron *actor, const perceptron *critic, const descent *task) {
+EXPORT CLONES int64_t clipped_descent(const perceptron *actor, const perceptron *critic, const descent *task) {
   int64_t from = 0;
   for (int64_t s = 0; s < task->minibatches; from += task->lengths[s++]) {
     if (!add_gradient(actor, critic, task, from, task->lengths[s])) return s;

@@ -16,27 +16,21 @@ typedef struct {
   float scale;                                /* factor on the scores */
 } sight;
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MIX(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
-#endif
-
 /* Eight rows of eight, turned over: to[k wide + i] = rows[i][k]. */
 INLINE void turn_over(const vec *rows, float *to, int64_t wide) {
   vec a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
-    a[i] = MIX(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    a[i + 1] = MIX(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    a[i] = SHUFFLE(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = SHUFFLE(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
   for (int i = 0; i < 8; i += 4)
     for (int j = 0; j < 2; j++) {
-      b[i + 2 * j] = MIX(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      b[i + 2 * j + 1] = MIX(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      b[i + 2 * j] = SHUFFLE(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * j + 1] = SHUFFLE(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
   for (int k = 0; k < 4; k++) {
-    *(vec *)(to + k * wide) = MIX(b[k], b[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    *(vec *)(to + (k + 4) * wide) = MIX(b[k], b[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    *(vec *)(to + k * wide) = SHUFFLE(b[k], b[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *(vec *)(to + (k + 4) * wide) = SHUFFLE(b[k], b[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 

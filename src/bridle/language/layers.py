@@ -12,11 +12,8 @@ here is :mod:`bridle.language.quickening`'s to say.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +23,7 @@ from torch import Tensor
 
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
+from bridle.native.sharing import for_each, shares
 
 __all__ = [
     "Held",
@@ -283,7 +281,7 @@ class _Pass:
                 own.work = work.data_ptr()
                 library.layer_forward(own)
 
-        self._share(there)
+        for_each(len(self._parts), there)
         return y
 
     def step(self, held: Sequence[Held]) -> Tensor:
@@ -319,7 +317,7 @@ class _Pass:
                 library.layer_backward(owns[layer], _at(last, start), _at(to, start))
                 last = to
 
-        self._share(back)
+        for_each(len(self._parts), back)
         for other in sums[1:]:
             sums[0].add_(other)
         return slopes[0], _views(sums[0], sizes, weights)
@@ -328,13 +326,6 @@ class _Pass:
         """What each layer reads, then y."""
         inner = self.kept[-1]
         return [self._x, *(inner[layer % len(inner)] for layer in range(len(self._shapes) - 1)), y]
-
-    def _share(self, call: Callable[[int], None]) -> None:
-        """Call for each part, by its number."""
-        if len(self._parts) == 1:
-            call(0)
-        elif self._parts:
-            list(pool(len(self._parts)).map(call, range(len(self._parts))))
 
     def _working(self, owns: Sequence[_Layer], more: int = 0) -> Tensor:
         """Room for a part's layers to work in, one after another."""
@@ -381,15 +372,3 @@ def _views(flat: Tensor, sizes: Sequence[int], weights: Sequence[Tensor | None])
 def _at(tensor: Tensor | None, row: int = 0) -> int | None:
     """Where a row of a tensor lies."""
     return None if tensor is None else tensor.data_ptr() + 4 * row * tensor.stride(0)
-
-
-def shares(texts: int, threads: int) -> list[range]:
-    """Texts in as many neighbouring parts as there are threads, or texts."""
-    parts = min(texts, threads)
-    bounds = [texts * i // parts for i in range(parts + 1)] if parts else [0]
-    return [range(start, stop) for start, stop in pairwise(bounds)]
-
-
-@cache
-def pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers)

@@ -3,24 +3,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../native/simd.h"
+
 #define HIGH 6   /* rows of a product summed in registers, over 16 columns */
 #define TALL 12  /* the same over 8 columns */
 
-typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((noinline, target_clones("arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define EXPORT __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE vec pick(ints where, vec yes, vec no) { return (vec)((where & (ints)yes) | (~where & (ints)no)); }
 
 /* C[high, 8 wide] (+)= A B, A(i, k) = a[i da + k dk], B(k, .) = b + 8 wide k. */
@@ -99,12 +89,6 @@ CLONES static void pack_at(int64_t at, int64_t tall, int64_t depth, int64_t n, c
 }
 
 INLINE void pack(int64_t depth, int64_t n, const float *b, int64_t db, float *to) { pack_at(0, depth, depth, n, b, db, to); }
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
-#endif
 
 /* to[k high + i] = from[i along + k], i and k < 8. */
 INLINE void turn_eight(const float *from, int64_t along, float *to, int64_t high) {

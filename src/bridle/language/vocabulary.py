@@ -8,7 +8,7 @@ gradient. The vocabulary is shared out among PyTorch's threads, and the parts' s
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +21,9 @@ from bridle.core import head as plain
 from bridle.core import logprobs as plainer
 from bridle.core._vocabulary import Shaping
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead, Weighing
-from bridle.language.layers import pool, shares
 from bridle.native.compiling import compiled_from
 from bridle.native.loading import load_library
+from bridle.native.sharing import for_each, shares
 
 __all__ = ["head_answers", "library", "load", "token_logprobs"]
 
@@ -204,10 +204,11 @@ class _Run:
         found = self.answers(rows)
         columns = (self._targets[rows], self._sums, found.logp, found.entropy, found.kl)
         self._own = _Head(rows.stop - rows.start, self._vocabulary, *self._both(rows), *map(_at, columns))
-        self._share(
+        for_each(
+            len(self._parts),
             lambda part: library.head_forward(
                 self._own, part, self._parts[part].start, self._parts[part].stop, _at(self._work[part])
-            )
+            ),
         )
         library.head_join(self._own, len(self._parts))
         return found
@@ -224,10 +225,11 @@ class _Run:
         for name, tensor in zip(_POINTERS[-5:], (*held, self._weight_grad, bias_sum), strict=True):
             setattr(self._own, name, _at(tensor))
         outs = [into, *(slope[: rows.stop - rows.start] for slope in self._slopes)]
-        self._share(
+        for_each(
+            len(self._parts),
             lambda part: library.head_backward(
                 self._own, self._parts[part].start, self._parts[part].stop, _at(outs[part]), _at(self._work[part])
-            )
+            ),
         )
         for other in outs[1:]:
             into.add_(other)
@@ -235,13 +237,6 @@ class _Run:
     def _both(self, rows: slice) -> tuple[_Side, _Side]:
         sides = [side.side(rows, kept) for side, kept in zip(self._sides, self._kept, strict=False)]
         return sides[0], sides[1] if len(sides) > 1 else _Side()
-
-    def _share(self, call: Callable[[int], None]) -> None:
-        numbers = range(len(self._parts))
-        if len(numbers) == 1:
-            call(0)
-        else:
-            list(pool(len(numbers)).map(call, numbers))
 
 
 def _served(sides: Sequence[tuple[Tensor, VocabularyHead]], targets: Tensor, grads: Sequence[Tensor | None]) -> bool:

@@ -43,14 +43,14 @@ def compiled_from(source: Path) -> Path:
 
 
 def checksum(source: Path) -> int:
-    """CRC-32 of a source and the headers that it includes by name."""
+    """CRC-32 of a source and the headers that it includes by name, in other folders too."""
     return zlib.crc32(_whole(source))
 
 
 def _whole(source: Path) -> bytes:
     own = source.read_bytes()
     headers = re.findall(rb'^#include "(.+)"$', own, re.MULTILINE)
-    return own + b"".join(_whole(source.with_name(name.decode())) for name in headers)
+    return own + b"".join(_whole(source.parent / name.decode()) for name in headers)
 
 
 def compile_source(source: Path, place: Path) -> str | None:
