@@ -13,6 +13,7 @@ from torch import nn
 from bridle.control.actor_critic import ActorCritic, ImageActorCritic
 from bridle.control.heads import BernoulliHead, CategoricalHead, GaussianHead, MultiCategoricalHead
 from bridle.control.images import NATURE_WIDTH, ImageEncoder
+from bridle.control.own import quickened
 from bridle.control.policy import ControlPolicy
 from bridle.control.recurrent import RecurrentActorCritic
 from bridle.control.small import SmallActorCritic, by_hand
@@ -225,4 +226,4 @@ def _from_factory(name: str, observations: ObservationSpec, actions: ActionSpec)
     if not isinstance(policy, ControlPolicy):
         expected = "a function that returns a bridle.control.ControlPolicy (ActorCritic takes any modules)"
         raise ConfigError.of("network.factory", name, expected, f"it returned {type(policy).__name__}")
-    return policy
+    return policy if observations.images else quickened(policy, observations.width)

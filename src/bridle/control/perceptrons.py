@@ -22,14 +22,23 @@ from torch import Tensor, nn
 from bridle.control import compiled
 from bridle.control.buffers import Buffers
 
-__all__ = ["Activation", "Array", "Frozen", "Perceptrons", "Run"]
+__all__ = ["Activation", "Array", "Frozen", "Perceptrons", "Place", "Run", "places_of"]
 
 Array = NDArray[np.float32]
 Activation = Literal["tanh", "relu"]
 
+Place = tuple[dict[str, Any], str]
+"""Where a module keeps a parameter, and its name there; asking the module itself would take most of a small run's time."""
+
 _MINUS_ONE = torch.tensor(-1.0)
 _TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
 _RELU_BACKWARD = torch.ops.aten.threshold_backward.grad_input
+
+
+def places_of(net: nn.Sequential) -> list[Place]:
+    """Return where the weights and biases of linear layers are kept, in turn."""
+    homes = [layer._parameters for layer in net if isinstance(layer, nn.Linear)]
+    return [(home, name) for home in homes for name in ("weight", "bias")]
 
 
 class Perceptrons:
@@ -40,15 +49,13 @@ class Perceptrons:
     Where their weights lie evenly spaced in one memory, as under a flat optimiser, they run as one.
     """
 
-    def __init__(self, nets: Sequence[nn.Module], activation: Activation) -> None:
-        """Take modules of linear layers, two at least, each but the last followed by ``activation``."""
+    def __init__(self, nets: Sequence[Sequence[Place]], activation: Activation) -> None:
+        """Take where each net's weights and biases are kept, in turn: two layers at least, each but the last followed by
+        ``activation``.
+        """
         self._tanh = activation == "tanh"
-        # a module looks its parameters up here; asking the module itself would take most of a small run's time
-        homes = [[m._parameters for m in cast(nn.Sequential, net) if isinstance(m, nn.Linear)] for net in nets]
-        self._depth = len(homes[0])
-        self._places: list[tuple[dict[str, Any], str]] = [
-            (home, name) for of_net in homes for home in of_net for name in ("weight", "bias")
-        ]
+        self._depth = len(nets[0]) // 2
+        self._places = [place for net in nets for place in net]
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
         self._alone: list[_Stack] | list[compiled.Stack] = []

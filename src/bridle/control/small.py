@@ -6,6 +6,7 @@ rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from bridle.control.actor_critic import ActorCritic
 from bridle.control.descending import Descending
 from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
-from bridle.control.perceptrons import Activation, Perceptrons
+from bridle.control.perceptrons import Activation, Perceptrons, Place, places_of
 from bridle.control.policy import Acted, Acting, Transitions
 from bridle.learn.descent import ClippedTerms, Descended, Descends
 from bridle.learn.minibatches import Minibatches
@@ -52,8 +53,13 @@ class SmallActorCritic(ActorCritic, HandDifferentiated, Descends):
         :func:`by_hand` is true of.
         """
         super().__init__(actor=actor, critic=critic, head=head)
-        self._nets = Perceptrons((actor, critic), activation)
-        self._width = cast(nn.Linear, cast(nn.Sequential, actor)[-1]).out_features
+        self._begin([places_of(cast(nn.Sequential, net)) for net in (actor, critic)], activation)
+
+    def _begin(self, places: Sequence[Sequence[Place]], activation: Activation) -> None:
+        """Take hold of the weights of actor and critic."""
+        self._nets = Perceptrons(places, activation)
+        home, name = places[0][-1]
+        self._width = len(home[name])
         self._descending: Descending | None = None
 
     def __getstate__(self) -> dict[str, Any]:

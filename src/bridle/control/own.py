@@ -1,0 +1,75 @@
+"""A user's own networks on the fast path of small agents, where they have been read as perceptrons."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from bridle.control.actor_critic import ActorCritic
+from bridle.control.heads import CategoricalHead, GaussianHead
+from bridle.control.observations import Observations
+from bridle.control.policy import Acting, ControlPolicy
+from bridle.control.reading import Reading, read
+from bridle.control.small import SmallActorCritic, by_hand
+from bridle.guards import is_watched
+
+__all__ = ["OwnPerceptrons", "quickened"]
+
+
+class OwnPerceptrons(SmallActorCritic):
+    """An actor and a critic of a user's own modules that compute perceptrons.
+
+    They are read again before each rollout: if what they compute has changed since, or somebody looks on, they are run as
+    they are until the next one.
+    """
+
+    def __init__(
+        self, *, actor: nn.Module, critic: nn.Module, head: nn.Module, readings: tuple[Reading, Reading]
+    ) -> None:
+        """Take modules, what they were read as (the same hidden layers), and a head that :func:`by_hand` is true of."""
+        ActorCritic.__init__(self, actor=actor, critic=critic, head=head)
+        self._readings = readings
+        self._as_read = False
+        self._begin([reading.places for reading in readings], readings[0].activation)
+
+    @classmethod
+    def of(cls, policy: ActorCritic, inputs: int) -> Self | None:
+        """Return the same policy on the fast path; None where its modules, which read ``inputs`` numbers, are none."""
+        known = (type(policy), type(policy.trunk)) == (ActorCritic, nn.Identity)
+        ours = type(policy.head) in (CategoricalHead, GaussianHead) and by_hand(policy.head)
+        if not (known and ours) or any(map(is_watched, (policy, policy.trunk, policy.head))):
+            return None
+        actor, critic = (read(net, torch.zeros(2, inputs)) for net in (policy.actor, policy.critic))
+        if actor is None or critic is None or not _alike(actor, critic, policy.head):
+            return None
+        return cls(actor=policy.actor, critic=policy.critic, head=policy.head, readings=(actor, critic))
+
+    def acting(self, first: Observations, steps: int, draws: np.random.Generator) -> Acting:
+        """Begin a rollout of ``steps`` steps; all states are of the form of the ``first`` ones."""
+        some, nets = first.vector[:2], (self.actor, self.critic)
+        watched = any(map(is_watched, (self, self.trunk, self.head)))
+        self._as_read = not watched and all(
+            reading.same(read(net, some)) for reading, net in zip(self._readings, nets, strict=True)
+        )
+        return super().acting(first, steps, draws)
+
+    def _by_hand(self, observations: Observations) -> bool:
+        return self._as_read and super()._by_hand(observations)
+
+
+def quickened(policy: ControlPolicy, inputs: int) -> ControlPolicy:
+    """Return a user's own policy, on the fast path where its modules compute perceptrons of ``inputs`` numbers."""
+    own = OwnPerceptrons.of(policy, inputs) if isinstance(policy, ActorCritic) else None
+    return policy if own is None else own
+
+
+def _alike(actor: Reading, critic: Reading, head: nn.Module) -> bool:
+    """Whether both have the same hidden layers and no weight in common, and as many outputs as are asked for."""
+    mine, its = actor.parameters, critic.parameters
+    hidden = [weight.shape for weight in mine[:-2]] == [weight.shape for weight in its[:-2]]
+    spread = head._parameters.get("log_std")
+    outputs = len(its[-1]) == 1 and (spread is None or len(mine[-1]) == len(spread))
+    return hidden and outputs and actor.activation == critic.activation and not set(map(id, mine)) & set(map(id, its))

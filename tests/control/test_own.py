@@ -1,0 +1,272 @@
+"""A user's own modules: those that compute a perceptron run on the fast path, and nobody notices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+
+from bridle.control import ActorCritic, CategoricalHead, ControlPolicy, GaussianHead
+from bridle.control.own import OwnPerceptrons, quickened
+from bridle.control.policy import Transitions
+from bridle.control.reading import read
+from bridle.learn import ppo
+from bridle.learn.ppo import PPOSettings
+from bridle.learn.step import Slopes, plain_vjp
+from tests.control.test_descending import batch_of, optimiser_of
+from tests.control.test_small import gradients, slopes, units
+
+WIDTH = 5
+
+
+class Tower(nn.Module):
+    """As users write them; ``way`` is what stands in the place of the plain forward pass."""
+
+    def __init__(self, outputs: int = 1, way: Callable[[Any, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 16), nn.Linear(16, outputs)
+        self.way = way
+        self.loud = self.seen = 0
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return plainly(self, x) if self.way is None else self.way(self, x)
+
+
+def plainly(own: Tower, x: Tensor) -> Tensor:
+    return own.last(torch.tanh(own.first(x)))
+
+
+def by_functions(own: Tower, x: Tensor) -> Tensor:
+    return functional.linear(
+        functional.linear(x, own.first.weight, own.first.bias).tanh(), own.last.weight, own.last.bias
+    )
+
+
+def sequence(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, 16), *between, nn.Linear(16, 1))
+
+
+READ = {
+    "as users write them": lambda: Tower(),
+    "by functions": lambda: Tower(way=by_functions),
+    "a branch on what is kept": lambda: Tower(way=lambda own, x: plainly(own, x) * 2 if own.loud else plainly(own, x)),
+    "in sequence": lambda: sequence(nn.Tanh()),
+    "in place": lambda: sequence(nn.ReLU(inplace=True)),
+    "in parts": lambda: sequence(nn.Sequential(nn.ReLU(), nn.Identity())),
+    "deeper": lambda: sequence(nn.Tanh(), nn.Linear(16, 16), nn.Tanh()),
+}
+
+
+def counts(own: Tower, x: Tensor) -> Tensor:
+    own.seen += 1
+    return plainly(own, x)
+
+
+def keeps(own: Tower, x: Tensor) -> Tensor:
+    own.kept.append(x)
+    return plainly(own, x)
+
+
+def without_gradient(own: Tower, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = torch.tanh(own.first(x))
+    return own.last(hidden)
+
+
+def in_inference(own: Tower, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return plainly(own, x)
+
+
+def rounded(own: Tower, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return plainly(own, x)
+
+
+def tied(own: Tower, x: Tensor) -> Tensor:
+    hidden = torch.tanh(functional.linear(torch.tanh(own.first(x)), own.first.weight.T, own.first.bias[:WIDTH]))
+    return own.last(torch.tanh(own.first(hidden)))
+
+
+def twice() -> nn.Module:
+    layer = nn.Linear(WIDTH, WIDTH)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(WIDTH, 1))
+
+
+def hooked() -> nn.Module:
+    own = sequence(nn.Tanh())
+    own[1].register_forward_hook(lambda *_: None)
+    return own
+
+
+OTHER = {
+    "another activation": lambda: sequence(nn.SiLU()),
+    "two activations": lambda: sequence(nn.Tanh(), nn.Linear(16, 16), nn.ReLU()),
+    "an activation twice": lambda: sequence(nn.Tanh(), nn.Tanh()),
+    "none": lambda: sequence(nn.Identity()),
+    "nothing hidden": lambda: nn.Linear(WIDTH, 1),
+    "ends in one": lambda: nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh()),
+    "dropout": lambda: sequence(nn.Tanh(), nn.Dropout()),
+    "a norm": lambda: sequence(nn.LayerNorm(16), nn.Tanh()),
+    "no bias": lambda: nn.Sequential(nn.Linear(WIDTH, 16, bias=False), nn.Tanh(), nn.Linear(16, 1)),
+    "float64": lambda: sequence(nn.Tanh()).double(),
+    "weights made of others": lambda: nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(WIDTH, 16)), nn.Tanh(), nn.Linear(16, 1)
+    ),
+    "a layer twice": twice,
+    "a weight turned": lambda: Tower(way=tied),
+    "a hook": hooked,
+    "counts": lambda: Tower(way=counts),
+    "keeps": lambda: Tower(way=keeps),
+    "past a layer": lambda: Tower(way=lambda own, x: plainly(own, x) + x[:, :1]),
+    "scaled": lambda: Tower(way=lambda own, x: plainly(own, 2 * x)),
+    "cut": lambda: Tower(way=lambda own, x: own.last(torch.tanh(own.first(x)).detach())),
+    "without a gradient": lambda: Tower(way=without_gradient),
+    "in inference": lambda: Tower(way=in_inference),
+    "rounded": lambda: Tower(way=rounded),
+    "by the number of rows": lambda: Tower(
+        way=lambda own, x: plainly(own, x) if len(x) > 1 else own.last(own.first(x))
+    ),
+    "by the numbers": lambda: Tower(way=lambda own, x: plainly(own, x) if x.sum() < 9 else own.last(own.first(x))),
+    "noise": lambda: Tower(way=lambda own, x: plainly(own, x) if torch.rand(()) >= 0 else x),
+    "raises": lambda: Tower(way=lambda own, x: own.nowhere),
+}
+
+
+def policy_of(
+    build: Callable[[], nn.Module], head: nn.Module | None = None, actor: Callable[[], nn.Module] | None = None
+) -> ActorCritic:
+    torch.manual_seed(3)
+    policy = ActorCritic(actor=(actor or build)(), critic=build(), head=head or GaussianHead(1, -0.3))
+    with torch.no_grad():
+        for parameter in policy.parameters():  # of a layer that is shared, so that no two are alike
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return policy
+
+
+@pytest.mark.parametrize("build", READ.values(), ids=READ)
+def test_a_perceptron_runs_on_the_fast_path_with_the_plain_ones_numbers(build: Callable[[], nn.Module]) -> None:
+    plain = policy_of(build)
+    given = units(WIDTH, "box", 1, 33)
+    policy = quickened(copy.deepcopy(plain), WIDTH)
+    assert isinstance(policy, OwnPerceptrons)
+    assert policy.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        policy.acting(given.observations, 1, np.random.default_rng(0))
+        mine, theirs = policy.values(given.observations, None), plain.values(given.observations, None)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-6)
+    fast, found = gradients(policy, given, policy.vjp, slopes(33))
+    slow, expected = gradients(plain, given, lambda u: plain_vjp(plain, u), slopes(33))
+    torch.testing.assert_close(fast.logp, slow.logp, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("build", OTHER.values(), ids=OTHER)
+def test_any_other_module_is_left_as_it_is(build: Callable[[], nn.Module]) -> None:
+    policy = policy_of(build)
+    assert read(policy.actor, torch.zeros(2, WIDTH)) is None
+    assert quickened(policy, WIDTH) is policy
+
+
+def test_statistics_and_draws_are_not_touched_by_looking() -> None:
+    for between in (nn.BatchNorm1d(16), nn.Dropout()):
+        module = sequence(between, nn.Tanh())
+        before, state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+        assert read(module, torch.ones(2, WIDTH)) is None
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_is_not_alike_is_left_as_it_is() -> None:
+    class Head(CategoricalHead):
+        """Somebody's own."""
+
+    class Policy(ActorCritic):
+        """Somebody's own."""
+
+    tower, wide = (
+        (lambda: sequence(nn.Tanh())),
+        (lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1))),
+    )
+    actor, critic = tower(), tower()
+    left: list[ControlPolicy] = [
+        policy_of(tower, actor=wide),
+        policy_of(tower, actor=lambda: sequence(nn.ReLU())),
+        policy_of(tower, head=GaussianHead(2)),
+        policy_of(tower, head=Head()),
+        policy_of(lambda: Tower(2)),
+        Policy(actor=actor, critic=critic, head=CategoricalHead()),
+        ActorCritic(actor=actor, critic=actor, head=CategoricalHead()),
+        ActorCritic(actor=actor, critic=critic, head=CategoricalHead(), trunk=nn.Tanh()),
+    ]
+    watched = policy_of(tower)
+    watched.register_forward_pre_hook(lambda *_: None)
+    for policy in (*left, watched):
+        assert quickened(policy, WIDTH) is policy
+
+
+def rolled(policy: ControlPolicy, given: Transitions) -> Tensor:
+    """Values during a rollout that begins in these states."""
+    with torch.no_grad():
+        policy.acting(given.observations, 1, np.random.default_rng(0))
+        return policy.values(given.observations, None)
+
+
+def test_a_module_that_changes_is_followed_from_the_next_rollout_on() -> None:
+    policy, given = quickened(policy_of(READ["a branch on what is kept"]), WIDTH), units(WIDTH, "box", 1, 4)
+    assert isinstance(policy, OwnPerceptrons)
+    before, critic = rolled(policy, given), policy.critic
+    assert isinstance(critic, Tower)
+    critic.loud = 1
+    torch.testing.assert_close(rolled(policy, given), 2 * before)
+    critic.loud = 0
+    called: list[int] = []
+    hook = critic.last.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(rolled(policy, given), before)
+    assert called
+    hook.remove()
+    critic.last = nn.Linear(16, 1)
+    torch.testing.assert_close(rolled(policy, given), critic(given.observations.vector)[:, 0].detach())
+
+
+def test_before_its_first_rollout_it_is_run_as_it_is() -> None:
+    called: list[int] = []
+    policy, given = quickened(policy_of(READ["in sequence"]), WIDTH), units(WIDTH, "box", 1, 4)
+    policy.critic.register_forward_hook(lambda *_: called.append(1))  # type: ignore[union-attr]
+    policy.vjp(given)  # type: ignore[operator]
+    assert called
+
+
+@pytest.mark.parametrize("kind", ["discrete", "box"])
+def test_it_learns_as_the_plain_policy_does(kind: str) -> None:
+    head, outputs = (CategoricalHead(), 3) if kind == "discrete" else (GaussianHead(3), 3)
+    plain = policy_of(lambda: Tower(), head=head, actor=lambda: Tower(outputs))
+    policy = quickened(copy.deepcopy(plain), WIDTH)
+    batch = batch_of(plain, WIDTH, kind, outputs, 200)  # type: ignore[arg-type]
+    settings = PPOSettings(epochs=2, minibatches=3, entropy_coefficient=0.01)
+    policy.acting(batch.units.observations, 1, np.random.default_rng(0))  # type: ignore[attr-defined]
+    before = copy.deepcopy(plain.state_dict())
+    for own in (policy, plain):
+        list(ppo.update(own, batch, optimiser_of(own), settings, seed=4, step=2))  # type: ignore[arg-type]
+    assert all(not torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
+    for mine, theirs in zip(policy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_weights_stay() -> None:
+    policy = quickened(policy_of(READ["in sequence"]), WIDTH)
+    given = units(WIDTH, "box", 1, 4)
+    policy.actor[0].weight.requires_grad_(False)  # type: ignore[union-attr, index]
+    rolled(policy, given)
+    policy.vjp(given)[1](Slopes(logp=torch.ones(4)))  # type: ignore[operator]
+    assert policy.actor[0].weight.grad is None  # type: ignore[union-attr, index]
+    assert policy.actor[2].weight.grad is not None  # type: ignore[union-attr, index]
