@@ -28,13 +28,13 @@ IMPORTS = time.perf_counter() - BEFORE
 
 def config_of(load: Workload, folder: Path, rollouts: int, *, sync: bool) -> ControlConfig:
     """What the peers are told, in Bridle's words: its value loss is ½ (V − R)²."""
-    own = load.network == "own"
+    factories = {"own": "own_module:build", "own-normed": "own_module:build_normed"}
     return ControlConfig(
         env=load.env,
         total_steps=rollouts * load.rollout,
         n_steps=load.n_steps,
         world=WorldSettings(num_envs=load.num_envs, vectorization="sync" if sync else "auto"),
-        network=NetworkSettings(factory="own_module:build" if own else None),
+        network=NetworkSettings(factory=factories.get(load.network)),
         advantage=AdvantageSettings(gamma=load.gamma, lam=load.lam),
         ppo=PPOSettings(
             epochs=load.epochs,

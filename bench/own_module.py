@@ -1,4 +1,4 @@
-"""A policy of a user's own modules, for the path that knows nothing of their insides."""
+"""Policies of a user's own modules: one that turns out to be a perceptron, and one that Bridle knows nothing of."""
 
 from __future__ import annotations
 
@@ -23,4 +23,25 @@ class Tower(nn.Module):
 
 def build(observations: ObservationSpec, actions: ActionSpec) -> ActorCritic:
     actor, critic = Tower(observations.width, actions.width), Tower(observations.width, 1)
+    return ActorCritic(actor=actor, critic=critic, head=CategoricalHead())
+
+
+class NormedTower(nn.Module):
+    """Another, which is no plain perceptron: layer norms and SiLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, 64)
+        self.second = nn.Linear(64, 64)
+        self.norms = nn.ModuleList([nn.LayerNorm(64), nn.LayerNorm(64)])
+        self.last = nn.Linear(64, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, norm in zip((self.first, self.second), self.norms, strict=True):
+            x = nn.functional.silu(norm(layer(x)))
+        return self.last(x)
+
+
+def build_normed(observations: ObservationSpec, actions: ActionSpec) -> ActorCritic:
+    actor, critic = NormedTower(observations.width, actions.width), NormedTower(observations.width, 1)
     return ActorCritic(actor=actor, critic=critic, head=CategoricalHead())

@@ -35,14 +35,29 @@ class Tower(nn.Module):
         return torch.tanh(self.second(torch.tanh(self.first(x))))
 
 
+class NormedTower(nn.Module):
+    """Another, with layer norms and SiLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 64)
+        self.second = nn.Linear(64, 64)
+        self.norms = nn.ModuleList([nn.LayerNorm(64), nn.LayerNorm(64)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, norm in zip((self.first, self.second), self.norms, strict=True):
+            x = nn.functional.silu(norm(layer(x)))
+        return x
+
+
 class Towers(nn.Module):
     """Two of them, in the place where SB3 asks for a custom network."""
 
     latent_dim_pi = latent_dim_vf = 64
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, kind: type[Tower] | type[NormedTower]) -> None:
         super().__init__()
-        self.actor, self.critic = Tower(width), Tower(width)
+        self.actor, self.critic = kind(width), kind(width)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.actor(x), self.critic(x)
@@ -56,7 +71,12 @@ class Towers(nn.Module):
 
 class OwnPolicy(ActorCriticPolicy):
     def _build_mlp_extractor(self) -> None:
-        self.mlp_extractor = Towers(self.features_dim)
+        self.mlp_extractor = Towers(self.features_dim, Tower)
+
+
+class OwnNormedPolicy(ActorCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = Towers(self.features_dim, NormedTower)
 
 
 class Follow(BaseCallback):
@@ -84,7 +104,7 @@ def world(load: Workload) -> VecEnv:
 
 def learner(load: Workload) -> PPO:
     shape: dict[str, Any] = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}} if load.network == "mlp" else {}
-    policy = {"mlp": "MlpPolicy", "own": OwnPolicy, "nature": "CnnPolicy"}[load.network]
+    policy = {"mlp": "MlpPolicy", "own": OwnPolicy, "own-normed": OwnNormedPolicy, "nature": "CnnPolicy"}[load.network]
     return PPO(
         policy,
         world(load),

@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TransformReward
@@ -275,6 +276,22 @@ def test_atari_is_shown_alike_in_every_form(vectorization: Any) -> None:
     ends = [bool(step.terminated[0]) for step in taken]
     assert any(ends)  # a ball is lost soon
     assert not any(step.over[0] for step in taken)  # and four are left
+
+
+def test_atari_games_that_were_played_begin_as_new_ones_do() -> None:
+    """Random games, with the last action repeated at random and several ends; not made again for it."""
+    pytest.importorskip("ale_py")
+    used, new = (make_world("ALE/Breakout-v5", WorldSettings(num_envs=1)) for _ in range(2))
+    envs = used._envs
+    random_play(used, 100, seed=1)
+    steps, others = (random_play(world, 300, seed=2)[0] for world in (used, new))
+    assert any(step.over[0] for step in steps)
+    for mine, its in zip(steps, others, strict=True):
+        assert torch.equal(mine.observations.images[0], its.observations.images[0])
+        assert (mine.rewards == its.rewards).all()
+    assert used._envs is envs
+    for world in (used, new):
+        world.close()
 
 
 def test_envpool_is_seeded_at_every_reset() -> None:

@@ -140,7 +140,9 @@ def make_world(env: str | GivenWorld, settings: WorldSettings) -> World:
         return _given(env)
     envs, form = make_vector(env, settings)
     life_loss = settings.atari.life_loss and is_atari(env)
-    remake = None if form in ("async", "envpool") else lambda: make_vector(env, settings)[0]
+    # ale-py loads its games anew at each reset from a seed, which takes as long as making them
+    anew = form in ("async", "envpool") or (form == "vector_entry_point" and is_atari(env))
+    remake = None if anew else lambda: make_vector(env, settings)[0]
     try:
         return World(env, envs, form=_FORMS[form], life_loss=life_loss, remake=remake)
     except WorldError:
