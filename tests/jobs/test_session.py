@@ -116,10 +116,12 @@ def test_a_crash_before_the_first_checkpoint_begins_again(tmp_path: Path) -> Non
 
 def test_a_second_signal_stops_now(tmp_path: Path) -> None:
     config = ToyConfig(run=settings(tmp_path))
-    with pytest.raises(KeyboardInterrupt) as caught:
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at once; go on with: bridle resume .*run") as caught:
         toy(config, at=interrupt(6, times=2))
     assert not isinstance(caught.value, Stopped)
-    assert [c.step for c in Run.open(config.run.dir).checkpoints()] == [4]
+    run = Run.open(config.run.dir)
+    assert [c.step for c in run.checkpoints()] == [4]
+    assert (run.state(), run.events()[-1]["kind"]) == (RunState.INTERRUPTED, "interrupt")
 
 
 def test_a_signal_in_the_last_step_lets_it_finish(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from bridle.errors import ConfigError, RunError
 from bridle.jobs import quickstart
 from bridle.jobs.quickstart import QuickstartConfig, ScaleSettings
-from bridle.jobs.session import RunSettings
+from bridle.jobs.session import RunSettings, Stopped
+from bridle.quickstart import rows
 from bridle.quickstart.gold import gold_score
 from bridle.runs import Run, RunState
 
@@ -32,7 +35,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_whole_line(tmp_path: Path) -> None:
+def test_the_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "quick"
     config = QuickstartConfig(run=RunSettings(dir=root, quiet=True, threads=1), scale=SMALL)
     assert quickstart.run(config) == root
@@ -58,12 +61,47 @@ def test_the_whole_line(tmp_path: Path) -> None:
 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
     (root / "results.json").unlink()
-    quickstart.run(config, resume=True)
+    (root / "metrics.jsonl").write_text("")  # as where it was stopped before it compared
+    capsys.readouterr()
+    quickstart.run(replace(config, run=replace(config.run, quiet=False)), resume=True)
+    assert "beginning again" not in capsys.readouterr().err  # what is finished stays
     assert json.loads((root / "results.json").read_text()) == results
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before
 
     with pytest.raises(RunError, match="is not empty"):
         quickstart.run(config)
+
+
+@pytest.mark.parametrize("part", ["demonstrations", "rankings"])
+def test_a_signal_between_the_jobs_is_heard(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the three jobs listens for itself; nobody but the quickstart does while data are made."""
+    made, began = getattr(rows, part), []
+
+    def signalled(*given: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return [(1, [{"prompt": "p", "answers": ["a", "b"]}])] * 2 if part == "rankings" else made(*given, **named)
+
+    monkeypatch.setattr(rows, part, signalled)
+    monkeypatch.setattr(quickstart.sft, "run", lambda config, **_: began.append("sft"))
+    monkeypatch.setattr(quickstart.reward, "run", lambda config, **_: began.append("reward"))
+    root = tmp_path / "quick"
+    config = QuickstartConfig(run=RunSettings(dir=root, quiet=True, threads=1), scale=SMALL)
+    with pytest.raises(Stopped, match=f"stopped; go on with: bridle resume {root}$"):
+        quickstart.run(config)
+    assert began == (["sft"] if part == "rankings" else [])
+    assert Run.open(root).state() is RunState.STOPPED
+    assert not (root / "rankings.jsonl").exists()
+
+
+def test_a_second_signal_in_a_stage_names_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(config: object, **_: object) -> Path:
+        raise KeyboardInterrupt("stopped at once; go on with: bridle resume the/stage")
+
+    monkeypatch.setattr(quickstart.sft, "run", interrupted)
+    root = tmp_path / "quick"
+    with pytest.raises(KeyboardInterrupt, match=f"stopped at once; go on with: bridle resume {root}$"):
+        quickstart.run(QuickstartConfig(run=RunSettings(dir=root, quiet=True, threads=1), scale=SMALL))
+    assert Run.open(root).state() is RunState.INTERRUPTED
 
 
 def test_scales_that_cannot_work_are_refused(tmp_path: Path) -> None:

@@ -59,6 +59,14 @@ def test_all_three_verdicts(shift: float, verdict: Verdict, said: str) -> None:
     assert "answer 3" not in text
 
 
+def test_a_mean_that_is_zero_but_for_rounding_has_no_sign() -> None:
+    found = outcome(0.1)
+    buffer = io.StringIO()
+    show(Console(file=buffer, width=160), replace(found, sft=replace(found.sft, kl=(-1e-17,) * N)))
+    (line,) = [line for line in buffer.getvalue().splitlines() if "KL to SFT" in line]
+    assert [cell.strip() for cell in line.split("│")[2:4]] == ["0.000", "1.000"]
+
+
 def test_the_interval_is_the_normal_one_where_that_holds() -> None:
     """For a mean over many pairs the bootstrap interval is mean ± 1.96 s/√n up to resampling noise."""
     before, after = np.zeros(N), 0.3 + NOISE

@@ -188,6 +188,7 @@ def test_rewind_to_before_the_beginning_forgets_everything(run: Run) -> None:
         (["start", "finish"], RunState.FINISHED),
         (["start", "stop", "checkpoint_skipped"], RunState.STOPPED),
         (["start", "fail"], RunState.FAILED),
+        (["start", "interrupt"], RunState.INTERRUPTED),
         (["start", "stop", "resume"], RunState.INTERRUPTED),
     ],
 )

@@ -153,7 +153,6 @@ def run(config: QuickstartConfig, *, resume: bool = False, force: bool = False) 
     known, unknown = orders(config.run.seed, scale.held_out)
     stages = sft_config(config), reward_config(config), ppo_config(config)  # what cannot work is told before the first
     with open_session("quickstart", config, config.run, resume=resume, force=force) as session:
-        session.record(0, {"stages": len(STAGES)})
         session.say(f"1/4 a kitchen: {scale.demonstrations} demonstrations, {scale.prompts} prompts, a fresh model")
         _timed(session, 1, lambda: _write_world(config, session, known, unknown))
         session.say("2/4 supervised fine-tuning on the demonstrations, mistakes and all")
@@ -176,9 +175,16 @@ def run(config: QuickstartConfig, *, resume: bool = False, force: bool = False) 
 
 
 def _timed(session: Session, step: int, stage: Callable[[], None]) -> None:
+    _leave_if_asked(session)
     began = time.perf_counter()
     stage()
     session.run.timing(step, stage=STAGES[step - 1], seconds=round(time.perf_counter() - began, 2))
+
+
+def _leave_if_asked(session: Session) -> None:
+    """Stop where a signal asked for it while no job of the three was at work, each of which listens for itself."""
+    if session.stopping:
+        raise Stopped(f"stopped; go on with: bridle resume {session.run.path}")
 
 
 def _stage(job: Callable[..., Path], config: _C, root: Path, *, force: bool) -> None:
@@ -190,6 +196,8 @@ def _stage(job: Callable[..., Path], config: _C, root: Path, *, force: bool) -> 
         job(config, resume=begun, force=force)
     except Stopped:
         raise Stopped(f"stopped; go on with: bridle resume {root}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped at once; go on with: bridle resume {root}") from None
 
 
 def _write_world(config: QuickstartConfig, session: Session, known: list[Order], unknown: list[Order]) -> None:
@@ -221,6 +229,7 @@ def _write_rankings(config: QuickstartConfig, session: Session, known: list[Orde
         for answered, done in rows.rankings(config.run.dir / "sft" / "policy", asked, seed=session.seed):
             ranked += done
             progress.advance(answered, ranked=len(ranked))
+            _leave_if_asked(session)
     if len(ranked) < 2:
         raise DataError(
             f"too few of {scale.ranked_prompts} prompts got {rows.RANKED} answers of different quality; "

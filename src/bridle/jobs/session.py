@@ -115,6 +115,8 @@ class Session:
                 self.run.event("finish", "finished")
             elif issubclass(kind, Stopped):
                 self.run.event("stop", str(error))
+            elif issubclass(kind, KeyboardInterrupt):
+                self.run.event("interrupt", "stopped at once: what came after the newest checkpoint is lost")
             else:
                 self.run.event("fail", f"{kind.__name__}: {error}")
         except RunError:
@@ -272,7 +274,7 @@ class Session:
     def _listen(self) -> None:
         def ask(number: int, _: FrameType | None) -> None:
             if self.stopping:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"stopped at once; go on with: bridle resume {self.run.path}")
             self.stopping = True
             self._console.print("stopping after this step; once more to stop now", highlight=False)
 

@@ -75,7 +75,7 @@ class Outcome:
             Verdict.NO_DIFFERENCE: "No difference between PPO and SFT is shown",
             Verdict.WORSE: "PPO is worse than SFT",
         }[found.verdict]
-        numbers = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        numbers = f"{found.mean:+z.3f} [{found.low:+z.3f}, {found.high:+z.3f}]"
         return f"{said} by the gold score: {numbers} (paired, 95 %, {found.count} held-out prompts)."
 
     def summary(self) -> dict[str, str | dict[str, float]]:
@@ -129,8 +129,8 @@ def _table(outcome: Outcome) -> Table:
     for measure, name in names.items():
         before, after = _mean(outcome.sft.measures[measure]), _mean(outcome.ppo.measures[measure])
         found = outcome.difference(measure)
-        interval = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-        table.add_row(name, f"{before:.3f}", f"{after:.3f}", interval)
+        interval = f"{found.mean:+z.3f} [{found.low:+z.3f}, {found.high:+z.3f}]"
+        table.add_row(name, f"{before:z.3f}", f"{after:z.3f}", interval)
     table.add_row("entropy, nats per token", f"{outcome.sft.entropy:.3f}", f"{outcome.ppo.entropy:.3f}", "")
     table.add_row("ended by itself", f"{outcome.sft.eos_share:.3f}", f"{outcome.ppo.eos_share:.3f}", "")
     return table

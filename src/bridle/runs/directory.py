@@ -73,10 +73,15 @@ class RunState(Enum):
     """asked to stop; it saved a checkpoint and left."""
     FAILED = "failed"
     INTERRUPTED = "interrupted"
-    """its process is gone without having said anything."""
+    """its process was stopped at once, or is gone without having said anything."""
 
 
-_ENDINGS = {"finish": RunState.FINISHED, "stop": RunState.STOPPED, "fail": RunState.FAILED}
+_ENDINGS = {
+    "finish": RunState.FINISHED,
+    "stop": RunState.STOPPED,
+    "fail": RunState.FAILED,
+    "interrupt": RunState.INTERRUPTED,
+}
 
 
 def _step_of(row: Mapping[str, Json]) -> int:
