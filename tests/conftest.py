@@ -32,6 +32,15 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """PyTorch's threads, among which compiled code shares its work out: one, and more than tests have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
     """Switch jaxtyping's checks off, so that a test sees what a user sees: core's own ValueError."""

@@ -25,27 +25,17 @@ from bridle.errors import NonFiniteStep
 from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
-from bridle.native.compiling import SOURCES, compile_source
+from tests.built import built
 
 
 @pytest.fixture(scope="module", autouse=True)
 def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    place = tmp_path_factory.mktemp("compiled") / "_convolutions.so"
-    source = next(source for source in SOURCES if source.stem == "convolutions")
-    problem = compile_source(source, place)
-    if problem:
-        pytest.skip(f"not compiled: {problem}")
-    before, convolutions.library = convolutions.library, convolutions.load(place)
+    found = built("convolutions.c", convolutions.load, tmp_path_factory.mktemp("compiled"))
+    if isinstance(found, str):
+        pytest.skip(f"not compiled: {found}")
+    before, convolutions.library = convolutions.library, found
     yield convolutions.library
     convolutions.library = before
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> int:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 Layer = tuple[int, tuple[int, int], tuple[int, int]]

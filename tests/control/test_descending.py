@@ -22,7 +22,7 @@ from bridle.learn.minibatches import minibatches
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.record import UpdateStep, summarise
-from bridle.native.compiling import SOURCES, compile_source
+from tests.built import built, source_named
 from tests.control.test_small import SHAPES, build, units
 
 OPTIM = OptimSettings(lr=0.004, eps=1e-2, weight_decay=0.1, max_grad_norm=0.3)
@@ -33,12 +33,11 @@ PLAIN = PPOSettings(
 
 @pytest.fixture(scope="module", autouse=True)
 def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    place = tmp_path_factory.mktemp("compiled") / "_small.so"
-    problem = compile_source(SOURCES[0], place)
-    if problem:
-        pytest.skip(f"not compiled: {problem}")
+    found = built("small.c", compiled.load, tmp_path_factory.mktemp("compiled"))
+    if isinstance(found, str):
+        pytest.skip(f"not compiled: {found}")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiled, "library", compiled.load(place))
+        patched.setattr(compiled, "library", found)
         yield
 
 
@@ -267,7 +266,7 @@ def test_steps_are_counted_and_kept_as_those_of_the_optimiser() -> None:
 
 
 def test_buffers_have_as_many_rows_as_compiled_code_takes_at_a_time() -> None:
-    assert f"#define ROWS {descending._ROWS} " in SOURCES[0].read_text()
+    assert f"#define ROWS {descending._ROWS} " in source_named("small.c").read_text()
 
 
 def test_a_copy_descends_by_itself() -> None:

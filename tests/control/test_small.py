@@ -23,7 +23,7 @@ from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.step import HandDifferentiated, Seen, Slopes, plain_vjp
-from bridle.native.compiling import SOURCES, compile_source
+from tests.built import built
 
 SHAPES = [
     (4, "discrete", 2, NetworkSettings()),
@@ -36,9 +36,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    place = tmp_path_factory.mktemp("compiled") / "_small.so"
-    problem = compile_source(SOURCES[0], place)
-    return problem or compiled.load(place)
+    return built("small.c", compiled.load, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(params=["compiled", "NumPy"], autouse=True)

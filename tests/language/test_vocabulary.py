@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead
 from bridle.language import vocabulary
 from bridle.language.vocabulary import head_answers, token_logprobs
-from bridle.native.compiling import SOURCES, compile_source, compiled_from
+from tests.built import built
 
-(SOURCE,) = (source for source in SOURCES if source.name == "vocabulary.c")
 # N, D, V, D of the reference (0: none), bias
 Case = tuple[int, int, int, int, bool]
 CASES: list[Case] = [
@@ -29,8 +27,7 @@ CASES: list[Case] = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    place = tmp_path_factory.mktemp("compiled") / "_vocabulary.so"
-    return vocabulary.load(compiled_from(SOURCE)) or compile_source(SOURCE, place) or vocabulary.load(place)
+    return built("vocabulary.c", vocabulary.load, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +40,6 @@ def compiled(library: object, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this ran as it is, not compiled")
 
     monkeypatch.setattr("bridle.core.head.head_answers", never)
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def draw(*shape: int, seed: int, size: float = 1.0) -> Tensor:
