@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bridle.cli.main import main
+from bridle.runs import Run
 from tests.cli.mistakes import Mistake
 from tests.cli.world import EVALUATE, PPO, REWARD, SFT, edit, judged, train
 
@@ -189,6 +190,12 @@ def run_mistakes() -> Iterator[Mistake]:
             "",
         ),
     }
+    yield Mistake(
+        group=group,
+        what="a quickstart that was begun elsewhere",
+        arguments=RESUME,
+        before=lambda world: Run.create(world / "r", "quickstart", {"run": {"dir": "elsewhere"}}).close(),
+    )
     for what, (change, until) in edits.items():
         notes = ("r/events.jsonl",) if "checkpoint" in what or "manifest" in what else ()
         before = _copied("failed", change)

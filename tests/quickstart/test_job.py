@@ -93,6 +93,32 @@ def test_a_signal_between_the_jobs_is_heard(part: str, tmp_path: Path, monkeypat
     assert not (root / "rankings.jsonl").exists()
 
 
+def test_it_is_resumed_by_any_name_of_its_place_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stages were given one another's paths: moved, or seen from another folder, these lead nowhere."""
+    asked: list[tuple[Path, str]] = []
+
+    def stop(config: Any, **_: object) -> Path:
+        asked.append((config.run.dir, config.model.path))
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(quickstart.sft, "run", stop)
+    monkeypatch.chdir(tmp_path)
+    config = QuickstartConfig(run=RunSettings(dir=Path("quick"), quiet=True, threads=1), scale=SMALL)
+    with pytest.raises(Stopped):
+        quickstart.run(config)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "link").symlink_to(tmp_path / "quick")
+    for name in (tmp_path / "quick", Path("other/link")):
+        with pytest.raises(Stopped):
+            quickstart.run(replace(config, run=replace(config.run, dir=name)), resume=True)
+    assert asked == [(Path("quick/sft"), "quick/fresh")] * 3
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(RunError, match="was begun as quick, a path by which its stages know one another"):
+        quickstart.run(replace(config, run=replace(config.run, dir=tmp_path / "quick")), resume=True)
+
+
 def test_a_second_signal_in_a_stage_names_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(config: object, **_: object) -> Path:
         raise KeyboardInterrupt("stopped at once; go on with: bridle resume the/stage")

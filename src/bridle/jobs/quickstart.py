@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 
 from rich.console import Console
 
-from bridle.errors import ConfigError, DataError
+from bridle.errors import ConfigError, DataError, RunError
 from bridle.jobs import ppo, reward, sft
 from bridle.jobs.commands import command
 from bridle.jobs.session import RunSettings, Session, Stopped, open_session
@@ -147,7 +147,11 @@ def run(config: QuickstartConfig, *, resume: bool = False, force: bool = False) 
     """Generate the data, run the three jobs, compare SFT with PPO; return the directory that holds it all.
 
     ``resume`` goes on where it stopped: what is finished stays as it is.
+
+    Raises:
+        RunError: it is to be resumed under another path than it was begun under.
     """
+    config = _as_begun(config) if resume else config
     root, scale = config.run.dir, config.scale
     began = time.perf_counter()
     known, unknown = orders(config.run.seed, scale.held_out)
@@ -172,6 +176,19 @@ def run(config: QuickstartConfig, *, resume: bool = False, force: bool = False) 
         show(console, outcome)
         _say_where(session, config, time.perf_counter() - began)
     return root
+
+
+def _as_begun(config: QuickstartConfig) -> QuickstartConfig:
+    """Name the directory as it was begun: by that path its stages know one another's models and data."""
+    root = config.run.dir
+    settings = cast("JsonObject", Run.open(root).config["run"])
+    began = Path(str(settings.get("dir", root)))
+    if began.resolve() != root.resolve():
+        raise RunError(
+            f"{root} was begun as {began}, a path by which its stages know one another; "
+            "put it there, or resume it in the folder where it was begun"
+        )
+    return replace(config, run=replace(config.run, dir=began))
 
 
 def _timed(session: Session, step: int, stage: Callable[[], None]) -> None:
