@@ -127,8 +127,12 @@ class World:
             WorldError: the environment raised, an observation or reward is not finite, or a mask does not serve.
         """
         world_actions = self.actions.to_world(actions)
-        with foreign(self.name, "step", actions=world_actions, copies=self._copies):
+        try:  # what `foreign` does, without its calls: every step of every environment comes by here
             raw, rewards, terminated, truncated, info = self._envs.step(world_actions)
+        except WorldError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _Foreign(self.name, "step", world_actions, self._copies).told(error) from error
         terminated, truncated = np.array(terminated, dtype=np.bool_), np.array(truncated, dtype=np.bool_)
         acted, lost = self._everybody, self._nobody
         if self._processes is not None or self._pending is not self._nobody:
@@ -243,18 +247,13 @@ def _copies(envs: VectorEnv[Any, Any, Any]) -> tuple[object, ...]:
     return tuple(envs.envs) if isinstance(envs, SyncVectorEnv) else ()
 
 
-def foreign(
-    world: str, doing: str, *, actions: NDArray[Any] | None = None, copies: Sequence[object] = ()
-) -> AbstractContextManager[None]:
-    """Turn whatever the environment's own code raises into one line, with which environment and action if that is known.
-
-    Where ``copies`` run in this process, the one whose code was running is named.
-    """
-    return _Foreign(world, doing, actions, copies)
+def foreign(world: str, doing: str) -> AbstractContextManager[None]:
+    """Turn whatever the environment's own code raises into one line, with which environment if that is known."""
+    return _Foreign(world, doing, None, ())
 
 
 class _Foreign:
-    """See :func:`foreign`; every step of every environment passes through one, so it is no generator."""
+    """See :func:`foreign`. Where ``copies`` run in this process, the one whose code was running is named."""
 
     __slots__ = ("_actions", "_copies", "_doing", "_world")
 
@@ -267,9 +266,10 @@ class _Foreign:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         # foreign code may raise anything, or leave
         if isinstance(error, Exception | SystemExit) and not isinstance(error, WorldError):
-            raise self._told(error) from error
+            raise self.told(error) from error
 
-    def _told(self, error: BaseException) -> WorldError:
+    def told(self, error: BaseException) -> WorldError:
+        """Put what was raised into one line."""
         head = f"{self._world}: {self._doing}"
         if isinstance(error, Gone):
             which = self._named(error.environment)

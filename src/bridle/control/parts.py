@@ -65,7 +65,7 @@ class _Flattened:
     def encode(self, raw: NDArray[Any]) -> Float[np.ndarray, "n width"]:
         """Return a batch ``[n, *shape]`` as new numbers; what lies beyond float32's range becomes infinite."""
         numbers = np.asarray(raw)
-        if numbers.dtype == np.float32:  # nothing can overflow
+        if numbers.dtype.char == "f":  # nothing can overflow
             encoded = np.array(numbers, order="C")
         else:
             with np.errstate(over="ignore"):

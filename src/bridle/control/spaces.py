@@ -103,9 +103,9 @@ class ObservationSpec:
         Raises:
             WorldError: a number lies outside its Discrete or MultiDiscrete space.
         """
-        if self._lone is not None:
-            vector = self._lone.encode(at(raw, self._lone.path))
-            return Observations(vector=torch.from_numpy(vector))
+        lone = self._lone
+        if lone is not None:
+            return Observations(vector=torch.from_numpy(lone.encode(at(raw, lone.path))))
         return self._encode([at(raw, part.path) for part in self.parts])
 
     def encode_each(self, raws: list[Any]) -> Observations:

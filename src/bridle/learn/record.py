@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -42,9 +43,12 @@ class TrustRegion:
     """Products with the Fisher matrix that the direction took."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class UpdateStep:
-    """One optimiser step, or the refusal to take it."""
+    """One optimiser step, or the refusal to take it.
+
+    What is asked for twice is found once; slots leave no room for that.
+    """
 
     epoch: int
     """Pass over the rollout, from 0."""
@@ -78,7 +82,7 @@ class UpdateStep:
         """[n] log-probabilities before this step, nats."""
         return self.seen.logp
 
-    @property
+    @cached_property
     def ratio(self) -> Float[Tensor, " n"]:
         """[n] importance ratio before this step."""
         return importance_ratio(self.seen.logp, self.part.old_logp)
@@ -119,7 +123,7 @@ class UpdateStep:
         """1 − Var(R − V)/Var(R) under the critic before this step; NaN where the returns are constant."""
         return float(explained_variance(self.seen.value, self.part.returns))
 
-    @property
+    @cached_property
     def gap(self) -> LogProbGap | None:
         """|first forward − old log-probability| on the first minibatch, before any step; None afterwards."""
         first = self.epoch == 0 and self.minibatch == 0
