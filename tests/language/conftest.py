@@ -1,20 +1,26 @@
-"""Compiled layers for the tests that ask for them."""
+"""Compiled layers for the tests that ask for them: of training and of writing texts."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 
-from bridle.language import layers
+from bridle.language import decoding, layers
 from tests.built import built
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return built("layers.c", layers.load, tmp_path_factory.mktemp("compiled"))
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[ModuleType, object]:
+    return {
+        room: built(f"{name}.c", room.load, tmp_path_factory.mktemp(name))
+        for name, room in (("layers", layers), ("decoding", decoding))
+    }
 
 
 @pytest.fixture
-def compiled(library: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isinstance(library, str):
-        pytest.skip(f"not compiled: {library}")
-    monkeypatch.setattr(layers, "library", library)
+def compiled(libraries: dict[ModuleType, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for room, library in libraries.items():
+        if isinstance(library, str):
+            pytest.skip(f"not compiled: {library}")
+        monkeypatch.setattr(room, "library", library)

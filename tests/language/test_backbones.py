@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bridle.language import backbones
 from bridle.language.backbones import hidden_at, join_layers
-from bridle.language.layers import Held, Shape, decoder_stack, layer_step, norm_at, stack_step
+from bridle.language.layers import Shape, decoder_stack, norm_at
 from bridle.language.models import recompute_layers
 from bridle.language.quickening import plainly, quicken
 from tests.language.layered import Case, draw, formula, inputs, quick
@@ -86,25 +86,6 @@ def test_layers_in_one_step_are_those_one_by_one() -> None:
         y = decoder_stack([shape], y, *given[1:], [own])
     assert torch.equal(decoder_stack(shapes, *given, weights), y)
     assert torch.equal(decoder_stack(shapes, *given, weights, whole), y)
-
-
-def test_a_step_of_layers_is_that_of_each() -> None:
-    shapes, (x, cosine, sine), weights = stack((4, 1, 16, 4, 2, 8, 24, True), torch.float32)
-    places, found = torch.tensor([3, 0, 15, 8]), []
-    for whole in (True, False):
-        held = [
-            Held(keys=one[0].float(), values=one[1].float(), across=True, places=places)
-            for one in (draw(2, 4, 2, 8, 16, seed=at) for at in range(3))
-        ]
-        if whole:
-            y = stack_step(shapes, x, cosine, sine, weights, held)
-        else:
-            y = x
-            for shape, own, one in zip(shapes, weights, held, strict=True):
-                y = layer_step(shape, y, cosine, sine, own, one)
-        found.append((y, *(t for one in held for t in (one.keys, one.values))))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    assert not torch.equal(found[0][1][0], found[0][3][0])
 
 
 def test_the_norm_of_some_tokens_is_that_of_all() -> None:

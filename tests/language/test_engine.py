@@ -195,7 +195,7 @@ def test_the_test_above_sees_a_slot_whose_length_was_not_cleared(monkeypatch: py
         begin(self, start)  # type: ignore[arg-type]
         seen["longest"] = max(seen["longest"], int(self._length.max()))
         if len(self._drawn._places) > 5:
-            self._length[-1] = min(seen["longest"], self._slots.capacity - 1)
+            self._length[-1] = min(seen["longest"], self._reader._slots.capacity - 1)
 
     monkeypatch.setattr(_Work, "_begin", forgetful)
     crowded, alone = successors(model)

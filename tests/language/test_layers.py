@@ -15,15 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bridle.language import backbones, layers, quickening
+from bridle.language import layers, quickening
 from bridle.language.attention import attend_narrowly
-from bridle.language.causal import CausalModel
-from bridle.language.layers import Held, decoder_layer, layer_step, stack_step
+from bridle.language.layers import decoder_layer
 from bridle.language.models import ModelSettings, load_causal_lm, recompute_layers, save_model
 from bridle.language.quickening import plainly, quicken, speed_notes
-from bridle.language.sampler import SamplingSettings
-from bridle.language.sampler.serving import embedded_sampler
-from bridle.random import generator, uniforms
 from tests.language.layered import CASES, Case, draw, formula, inputs, quick
 from tests.language.tiny import byte_tokenizer, tiny_model
 
@@ -362,73 +358,6 @@ def test_a_run_says_that_compiled_code_is_missing_where_it_would_serve(monkeypat
     monkeypatch.setattr(layers, "library", None)
     assert [len(speed_notes(model)) for model in models] == [1, 0]
     assert compiled_layers(quicken(models[0])) == [False, False]
-
-
-@pytest.mark.parametrize("head", [8, 24])  # values across, and along
-@pytest.mark.parametrize(("biased", "capacity"), [(False, 61), (True, 61), (False, 64)])
-def test_a_step_over_held_keys_and_values_is_the_last_token_of_a_whole_text(
-    head: int, biased: bool, capacity: int
-) -> None:
-    """Three texts of 1, 9 and 60 tokens in slots: a step for the last token of each, the others held, after them anything."""
-    shape, (x, cosine, sine), weights = inputs((3, 60, 24, 4, 2, head, 20, biased))
-    single, across = [None if w is None else w.float() for w in weights], head <= 16
-    lengths, few = torch.tensor([1, 9, 60]), shape.key_heads
-    norm = x * (x.square().mean(-1, keepdim=True) + shape.first_eps).rsqrt() * weights[0]
-    key, value = (
-        nn.functional.linear(norm, weights[at], weights[at + 1]).unflatten(-1, (few, head)).transpose(1, 2)
-        for at in (4, 6)
-    )
-    first, second = key.chunk(2, -1)
-    key = key * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
-    keys, values = torch.zeros(4, few, head, capacity), torch.zeros(4, few, head, capacity)
-    keys[:3], values[:3] = 7.0, -9.0
-    for slot, length in enumerate(lengths.tolist()):
-        keys[slot, :, :, : length - 1] = key[slot, :, : length - 1].transpose(1, 2)
-        values[slot, :, :, : length - 1] = value[slot, :, : length - 1].transpose(1, 2)
-    values = values if across else values.transpose(2, 3).contiguous()
-    last, rows = lengths - 1, torch.arange(3)
-    held = Held(keys=keys, values=values, across=across, places=last)
-    turned = [t[0, last, None].float() for t in (cosine, sine)]
-    found = layer_step(shape, x[rows, last][:, None].float(), *turned, single, held)
-    exact = formula(shape, x, cosine, sine, weights)[rows, last]
-    torch.testing.assert_close(found[:, 0], exact.float(), rtol=1e-5, atol=1e-5)
-    own = values if across else values.transpose(2, 3)
-    torch.testing.assert_close(keys[rows, :, :, last], key[rows, :, last].float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(own[rows, :, :, last], value[rows, :, last].float(), rtol=1e-5, atol=1e-5)
-    assert not own[3].any()
-
-
-@pytest.mark.parametrize(
-    ("family", "joined", "steps"),
-    [("llama", True, 2), ("llama", False, 1), ("qwen2", True, 2), ("mistral", True, 0), ("qwen3", True, 0)],
-)
-def test_the_engine_writes_the_same_over_compiled_layers(
-    family: str, joined: bool, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Answers of several lengths, fewer slots than prompts; a window is left to the layer itself."""
-    model, own = quick(family)
-    seen: list[int] = []
-
-    def noted(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def one(*given: Any) -> Tensor:
-            seen.append(len(given[0]) if call is stack_step else 1)
-            return call(*given)
-
-        return one
-
-    monkeypatch.setattr(quickening, "layer_step", noted(layer_step))
-    monkeypatch.setattr(backbones, "stack_step", noted(stack_step))
-    if not joined:
-        del own.base_model.__dict__[backbones._KNOWN]
-    draws = generator(0, "test-prompts")
-    prompts = [torch.from_numpy(draws.integers(3, 96, size=n)) for n in (3, 11, 1, 7, 7, 12, 2)]
-    settings = SamplingSettings(max_new_tokens=17, rows=4)
-    chance = uniforms(0, "test-draws", 0, range(7), 17)
-    ours, theirs = (embedded_sampler(CausalModel(m), (5,))(prompts, chance, settings) for m in (own, model))
-    assert set(seen) == ({steps} if steps else set())
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.ids.tolist() == other.ids.tolist()
-        torch.testing.assert_close(one.logp, other.logp, atol=1e-5, rtol=0)
 
 
 def test_narrow_heads_and_compiled_layers_agree() -> None:

@@ -7,6 +7,7 @@ so is the norm. Everywhere else the backbone runs as it is, which is the oracle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,14 +16,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridle.guards import is_plain, is_watched
-from bridle.language.layers import decoder_stack, norm_at, stack_step
+from bridle.language import decoding
+from bridle.language.decoding import Stack, StackWeights
+from bridle.language.layers import decoder_stack, norm_at
 from bridle.language.quickening import FAILURES, TOLERANCE, is_quick, quick_parts
 from bridle.random import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["hidden_at", "join_layers"]
+__all__ = ["hidden_at", "join_layers", "packed_stack"]
 
 _KNOWN = "_bridle_backbone"
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -57,12 +60,8 @@ def hidden_at(
     ``positions`` says where in its text each token stands, if that is not its column.
     """
     known = backbone.__dict__.get(_KNOWN)
-    if known is not None and _stands(backbone, known):
-        found = None
-        if positions is None:
-            found = _compiled(known, input_ids, rows, columns)
-        elif input_ids.shape[1] == 1 and not torch.is_grad_enabled():
-            found = _stepped(known, input_ids, positions, rows)
+    if known is not None and positions is None and _stands(backbone, known):
+        found = _compiled(known, input_ids, rows, columns)
         if found is not None:
             return found
     where = {} if positions is None else {"position_ids": positions}
@@ -153,25 +152,29 @@ def _within(places: Int[Tensor, " n"], count: int) -> bool:
     return int(low) >= 0 and int(high) < count
 
 
-def _stepped(
-    known: _Backbone, input_ids: Int[Tensor, "n 1"], positions: Int[Tensor, "n 1"], rows: Int[Tensor, " m"]
-) -> Float[Tensor, "m D"] | None:
-    """The states of one token more in each of the sampler's slots, or None if a layer is not served there."""
-    x, weight = known.embed(input_ids), known.norm.weight
-    turned = known.turn(x, positions)
-    parts = [quick_parts(layer, x, turned, stepping=True) for layer in known.layers]
-    own = [part for part in parts if part is not None]
-    if len(own) < len(parts) or weight.shape != x.shape[2:] or not _within(rows, len(x)):
-        return None
-    from bridle.language.sampler.slots import held_in_slots
+def packed_stack(backbone: PreTrainedModel, places: int) -> tuple[Stack, Callable[[Tensor], Tensor]] | None:
+    """Return a backbone's layers, packed as they are now for texts of up to ``places`` tokens, and what embeds tokens.
 
-    slots = [held_in_slots(part.attention.layer_idx, x, part.shape.key_heads, part.head) for part in own]
-    held = [one for one in slots if one is not None]
-    if len(held) < len(slots):
+    None where :func:`hidden_at` would run the backbone as it is, or without compiled code.
+    """
+    known = backbone.__dict__.get(_KNOWN)
+    if known is None or decoding.library is None or not _stands(backbone, known):
         return None
-    cosine, sine = turned
-    y = stack_step([part.shape for part in own], x, cosine, sine, [part.weights for part in own], held)
-    return norm_at(y, rows, weight, known.eps)
+    x, weight = known.embed(torch.zeros(1, 1, dtype=torch.int64)).expand(1, places, -1), known.norm.weight
+    cosine, sine = turned = known.turn(x, torch.arange(places)[None])
+    parts = [quick_parts(layer, x, turned) for layer in known.layers]
+    held = [part for part in parts if part is not None]
+    if len(held) < len(parts) or weight.shape != x.shape[2:]:
+        return None
+    own = StackWeights(
+        shapes=[part.shape for part in held],
+        weights=[part.weights for part in held],
+        norm=weight,
+        eps=known.eps,
+        cosine=cosine[0],
+        sine=sine[0],
+    )
+    return Stack(own), known.embed
 
 
 def _agrees(backbone: PreTrainedModel, known: _Backbone) -> bool:

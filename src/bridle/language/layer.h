@@ -99,7 +99,13 @@ typedef struct {
   float *query, *key, *value, *out, *gate, *up, *down, *n, *act;
 } panels;
 
-/* Where the weights lie packed. */
+/* Numbers of a layer's packed weights. */
+INLINE int64_t packed_numbers(const layer *l) {
+  const int64_t queries = l->heads * l->head, hidden = even(l->hidden);
+  return l->width * (padded(queries) + 2 * padded(l->key_heads * l->head) + 2 * padded(hidden)) + (queries + hidden) * padded(l->width);
+}
+
+/* Where they lie. */
 static panels lay_out(const layer *l, float **room) {
   const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = even(l->hidden);
   panels p = {0};

@@ -4,7 +4,6 @@
        h = x + (causal attention of q, k, v) W_o^T,
        y = h + (silu(m W_g^T) o m W_u^T) W_d^T,   m = the same norm of h                     (layer_forward)
        and the chain rule of it, the weights' gradients added to what is there                (layer_backward)
-       and y of one token more in each of some texts, whose keys and values are held          (layer_step)
 
    for what is asked for of each text: y of some of its tokens, one after another, which read what is before them. Nothing is
    computed of tokens after those; y of other tokens is not written, and their slopes are not read.
@@ -144,86 +143,6 @@ EXPORT void layer_forward(const layer *l) {
     for (int64_t i = s.begin; i < s.end; i += TILE)
       finish(l, &p, least(TILE, s.end - i), l->x + (first + i) * width, read + i * queries, l->h + (kept + i) * width,
              l->gate_up + (kept + (l->keep ? i : 0)) * 2 * hidden, l->y + (first + i) * width);
-  }
-}
-
-/* ---- one token more in each of some slots */
-
-/* Of one slot: what its token at `place` reads, its key and value having been put there. Keys lie [head, capacity], values the
-   same or, along, [capacity, head]. `w` holds capacity numbers and eight more. What a slot holds after that token is finite: eight
-   tokens are read at a time where that stays within the slot, and those too many weigh nothing. */
-CLONES static void recall(int64_t group, int64_t head, int64_t place, int64_t capacity, int across, float scale, const float *q,
-                          const float *keys, const float *values, float *read, float *w) {
-  const int64_t count = place + 1, whole = (capacity % 8 ? count : count + 7) / 8 * 8;
-  for (int64_t h = 0; h < group; h++, q += head, read += head) {
-    float most = -INFINITY, all = 0.0f;
-    vec largest = (vec){0} - INFINITY;
-    for (int64_t j = 0; j < whole; j += 8) {
-      vec sum = {0};
-      for (int64_t d = 0; d < head; d++) sum += q[d] * *(const vec *)(keys + d * capacity + j);
-      *(vec *)(w + j) = sum;
-    }
-    for (int64_t j = whole; j < count; j++) {
-      float sum = 0.0f;
-      for (int64_t d = 0; d < head; d++) sum += q[d] * keys[d * capacity + j];
-      w[j] = sum;
-    }
-    for (int64_t j = count; j % 8; j++) w[j] = -INFINITY;
-    for (int64_t j = 0; j < count; j += 8) {
-      const vec one = *(const vec *)(w + j);
-      largest = pick(one > largest, one, largest);
-    }
-    for (int i = 0; i < 8; i++) most = largest[i] > most ? largest[i] : most;
-    vec sums = {0};
-    for (int64_t j = 0; j < count; j += 8) {
-      const vec one = exp_of((*(vec *)(w + j) - most) * scale);
-      *(vec *)(w + j) = one;
-      sums += one;
-    }
-    all = 1.0f / sum_of(sums);
-    if (across)
-      for (int64_t d = 0; d < head; d++) {
-        const float *own = values + d * capacity;
-        vec sum = {0};
-        float rest = 0.0f;
-        for (int64_t j = 0; j < whole; j += 8) sum += *(const vec *)(w + j) * *(const vec *)(own + j);
-        for (int64_t j = whole; j < count; j++) rest += w[j] * own[j];
-        read[d] = (sum_of(sum) + rest) * all;
-      }
-    else
-      for (int64_t d = 0; d < head; d += 8) {
-        vec sum = {0};
-        for (int64_t j = 0; j < count; j++) sum += w[j] * *(const vec *)(values + j * head + d);
-        *(vec *)(read + d) = sum * all;
-      }
-  }
-}
-
-/* The layer for one token in each of slots 0 ... texts - 1, at `places` of them, over the keys and values that the slots hold:
-   of each slot key_heads [head, capacity], values [capacity, head] unless they lie `across` as keys do. */
-EXPORT void layer_step(const layer *l, float *keys, float *values, int64_t capacity, int64_t across, const int64_t *places) {
-  const int64_t width = l->width, queries = l->heads * l->head, few = l->key_heads * l->head, stride = queries + 2 * few;
-  const int64_t group = l->heads / l->key_heads, head = l->head;
-  float *room = l->work;
-  const panels p = pack_forth(l, &room);
-  for (int64_t i = 0; i < l->texts; i += TILE) {
-    const int64_t rows = least(TILE, l->texts - i);
-    project(l, &p, rows, l->x + i * width, l->qkv);
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t slot = i + r, at = slot * l->turning, place = places[slot];
-      float *own = l->qkv + r * stride;
-      turn_forth(1, l->heads + l->key_heads, head, l->cosine + at, l->sine + at, own, stride);
-      for (int64_t h = 0; h < l->key_heads; h++) {
-        float *past = keys + (slot * l->key_heads + h) * head * capacity, *held = values + (slot * l->key_heads + h) * head * capacity;
-        for (int64_t d = 0; d < head; d++) {
-          past[d * capacity + place] = own[queries + h * head + d];
-          held[across ? d * capacity + place : place * head + d] = own[queries + few + h * head + d];
-        }
-        recall(group, head, place, capacity, (int)across, l->scale, own + h * group * head, past, held,
-               l->read + r * queries + h * group * head, room);
-      }
-    }
-    finish(l, &p, rows, l->x + i * width, l->read, l->h, l->gate_up, l->y + i * width);
   }
 }
 

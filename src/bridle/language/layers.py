@@ -26,15 +26,14 @@ from bridle.native.loading import load_library
 from bridle.native.sharing import for_each, shares
 
 __all__ = [
-    "Held",
+    "Layer",
     "Shape",
     "decoder_layer",
     "decoder_stack",
-    "layer_step",
+    "described",
     "library",
     "load",
     "norm_at",
-    "stack_step",
 ]
 
 _LINEARS = 7
@@ -47,7 +46,7 @@ _Sizes, _Norms, _Kept = ctypes.c_int64 * 9, ctypes.c_void_p * 4, ctypes.c_void_p
 _Linears = ctypes.c_void_p * (4 * _LINEARS)
 
 
-class _Layer(ctypes.Structure):
+class Layer(ctypes.Structure):
     """See ``layer`` in layers.c."""
 
     _fields_ = (
@@ -67,12 +66,11 @@ _SOURCE = Path(__file__).with_name("layers.c")
 
 def load(place: Path) -> Any:
     """Open what was compiled of layers.c to ``place``; None as :func:`bridle.native.loading.load_library`."""
-    layer, at, count = ctypes.POINTER(_Layer), ctypes.c_void_p, ctypes.c_int64
+    layer, at, count = ctypes.POINTER(Layer), ctypes.c_void_p, ctypes.c_int64
     functions: dict[str, tuple[Any, list[Any]]] = {
         "layer_work": (count, [layer]),
         "layer_forward": (None, [layer]),
         "layer_backward": (None, [layer, at, at]),
-        "layer_step": (None, [layer, at, at, count, count, at]),
         "layer_exponential": (None, [count, at, at]),
         "norm_at": (None, [count, count, ctypes.c_float, at, at, at, at]),
         "norm_at_back": (None, [count, count, ctypes.c_float, at, at, at, at, at, at]),
@@ -157,43 +155,20 @@ def norm_at(
     return cast("Tensor", _NormAt.apply(x.contiguous(), places.contiguous(), weight.contiguous(), eps))  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """Keys and values of the texts in some slots, into which a step writes those of one token more."""
-
-    keys: Float[Tensor, "s h D C"]
-    """[s ≥ n, h, D, C], turned already."""
-    values: Tensor
-    """[s, h, C, D]; [s, h, D, C] if ``across``."""
-    across: bool
-    places: Int[Tensor, " n"]
-    """[n] how many tokens slot i holds: where the new one goes, < C."""
-
-
-def layer_step(
-    shape: Shape,
-    x: Float[Tensor, "n 1 W"],
-    cosine: Float[Tensor, "b 1 D"],
-    sine: Float[Tensor, "b 1 D"],
-    weights: Sequence[Tensor | None],
-    held: Held,
-) -> Float[Tensor, "n 1 W"]:
-    """Return :func:`decoder_layer` of one token more in each of slots 0 … n−1, without a gradient; ``held`` is written to."""
-    return stack_step((shape,), x, cosine, sine, (weights,), (held,))
-
-
-def stack_step(
-    shapes: Sequence[Shape],
-    x: Float[Tensor, "n 1 W"],
-    cosine: Float[Tensor, "b 1 D"],
-    sine: Float[Tensor, "b 1 D"],
-    weights: Sequence[Sequence[Tensor | None]],
-    held: Sequence[Held],
-) -> Float[Tensor, "n 1 W"]:
-    """Return what layers make of x one after another, each a :func:`layer_step`."""
-    own = [weight for layer in weights for weight in layer]
-    given = [None if t is None else t.contiguous() for t in (None, x, cosine, sine, *own)]
-    return _Pass(shapes, given, keep=True, threads=1).step(held)
+def described(shape: Shape, head: int, weights: Sequence[Tensor | None]) -> Layer:
+    """Say to compiled code what a layer is, without texts; ``head`` is the width of one. The weights must lie row by row."""
+    sizes = (
+        0,
+        0,
+        len(cast("Tensor", weights[0])),
+        shape.heads,
+        shape.key_heads,
+        head,
+        len(cast("Tensor", weights[10])),
+    )
+    found = Layer(_Sizes(*sizes), None, None, shape.first_eps, shape.second_eps, shape.scale)
+    found.norms, found.linears = _Norms(*map(_at, weights[:2])), _linears(weights)
+    return found
 
 
 class _Compiled(torch.autograd.Function):
@@ -243,7 +218,6 @@ class _Pass:
         *,
         keep: bool,
         kept: Sequence[Tensor] | None = None,
-        threads: int | None = None,
     ) -> None:
         """``given`` holds what is asked for, x, cosines and sines, then each layer's weights."""
         self._asked = given[0]
@@ -251,7 +225,7 @@ class _Pass:
         self._shapes, self._x, self._turned, self._keep = shapes, x, (cosine, sine), keep
         self._weights = [given[at : at + _WEIGHTS] for at in range(4, len(given), _WEIGHTS)]
         self._hidden = [len(cast("Tensor", weights[10])) for weights in self._weights]
-        self._parts = shares(len(x), threads or torch.get_num_threads())
+        self._parts = shares(len(x), torch.get_num_threads())
         self.kept = self._room() if kept is None else list(kept)
 
     def _room(self) -> list[Tensor]:
@@ -284,19 +258,6 @@ class _Pass:
         for_each(len(self._parts), there)
         return y
 
-    def step(self, held: Sequence[Held]) -> Tensor:
-        """Run there for one token in each slot; return y."""
-        y = torch.empty_like(self._x)
-        if not self._parts:
-            return y
-        between, layers = self._between(y), range(len(self._shapes))
-        owns = [self._own(layer, 0, between[layer], between[layer + 1]) for layer in layers]
-        work = self._working(owns, max(one.keys.shape[3] for one in held) + 8)
-        for own, one in zip(owns, held, strict=True):
-            own.work, capacity = work.data_ptr(), one.keys.shape[3]
-            library.layer_step(own, _at(one.keys), _at(one.values), capacity, one.across, one.places.data_ptr())
-        return y
-
     def backward(self, slope: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """Run back; return the slopes of x and of the weights that are wanted."""
         weights = [weight for own in self._weights for weight in own]
@@ -327,9 +288,9 @@ class _Pass:
         inner = self.kept[-1]
         return [self._x, *(inner[layer % len(inner)] for layer in range(len(self._shapes) - 1)), y]
 
-    def _working(self, owns: Sequence[_Layer], more: int = 0) -> Tensor:
+    def _working(self, owns: Sequence[Layer]) -> Tensor:
         """Room for a part's layers to work in, one after another."""
-        return self._x.new_empty(max(map(library.layer_work, owns)) + more)
+        return self._x.new_empty(max(map(library.layer_work, owns)))
 
     def _own(
         self,
@@ -338,7 +299,7 @@ class _Pass:
         x: Tensor | None,
         y: Tensor | None,
         gradients: Sequence[Tensor | None] = (None,) * _WEIGHTS,
-    ) -> _Layer:
+    ) -> Layer:
         """A layer as one part sees it, without room to work in."""
         shape, texts, (cosine, sine) = self._shapes[layer], self._parts[number], self._turned
         kept_at, row = (layer, texts.start) if self._keep else (0, number)
@@ -348,16 +309,23 @@ class _Pass:
         asked = None if self._asked is None else self._asked.data_ptr() + 8 * texts.start
         begins = None if asked is None or layer + 1 < len(self._shapes) else asked
         ends = None if asked is None else asked + 8 * len(self._x)
-        weights, slopes = [_at(w) for w in self._weights[layer]], [_at(g) for g in gradients]
-        linears = [two[at] for place in range(2, _WEIGHTS, 2) for two in (weights, slopes) for at in (place, place + 1)]
-        return _Layer(
+        weights = self._weights[layer]
+        return Layer(
             _Sizes(len(texts), length, width, shape.heads, shape.key_heads, head, hidden, self._keep, turning),
             *(begins, ends, shape.first_eps, shape.second_eps, shape.scale),
-            _Norms(*weights[:2], *slopes[:2]),
-            _Linears(*linears),
+            _Norms(*map(_at, (*weights[:2], *gradients[:2]))),
+            _linears(weights, gradients),
             *(_at(cosine, turned_at), _at(sine, turned_at), _at(x, texts.start), _at(y, texts.start)),
             _Kept(*[_at(room[kept_at], row) for room in self.kept[:_KEPT]]),
         )
+
+
+def _linears(
+    weights: Sequence[Tensor | None], gradients: Sequence[Tensor | None] = (None,) * _WEIGHTS
+) -> ctypes.Array[ctypes.c_void_p]:
+    """Where weight and bias of each linear lie, and their gradients."""
+    places = range(2, _WEIGHTS, 2)
+    return _Linears(*[_at(two[at]) for place in places for two in (weights, gradients) for at in (place, place + 1)])
 
 
 def _views(flat: Tensor, sizes: Sequence[int], weights: Sequence[Tensor | None]) -> list[Tensor | None]:

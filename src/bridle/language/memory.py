@@ -170,12 +170,13 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _generation(model: Any, rows: int, longest: int) -> int:
-    """Keys and values of ``rows`` answers, twice while slots grow, and three blocks of their logits; float32."""
+    """Keys and values of ``rows`` answers, twice while slots grow, three blocks of logits, and packed weights; float32."""
     config = model.config.get_text_config()
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     cache = 2 * int(config.num_hidden_layers) * heads * width * longest * 4
-    return rows * (2 * cache + 3 * int(model.get_output_embeddings().weight.shape[0]) * 4)
+    packed = 4 * sum(p.numel() for p in model.parameters()) if model.device.type == "cpu" else 0
+    return rows * (2 * cache + 3 * int(model.get_output_embeddings().weight.shape[0]) * 4) + packed
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

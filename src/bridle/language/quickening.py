@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bridle.guards import is_observed, is_plain, is_watched
-from bridle.language import layers, vocabulary
-from bridle.language.layers import Shape, decoder_layer, layer_step
+from bridle.language import decoding, layers, vocabulary
+from bridle.language.layers import Shape, decoder_layer
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ __all__ = [
     "plainly",
     "quick_parts",
     "quicken",
-    "runs_compiled",
     "speed_notes",
 ]
 
@@ -44,8 +43,6 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _CAUSAL = ("sdpa", "bridle_narrow")
 """Attention that is told by the absence of a mask that it is causal."""
-_SLOTS = "bridle_embedded"
-"""The sampler's, over the keys and values that it holds."""
 _KNOWN = "_bridle_parts"
 _IGNORED = {"position_embeddings", "position_ids", "use_cache"}
 
@@ -91,16 +88,10 @@ class _Parts:
 
 def speed_notes(model: nn.Module) -> tuple[str, ...]:
     """Say in a line that a model's layers or head could run compiled and do not, for that is not built; nothing else."""
-    built = layers.library is not None and vocabulary.library is not None
+    built = all(code.library is not None for code in (layers, vocabulary, decoding))
     if built or not any(_parts(layer) is not None for layer in model.modules()):
         return ()
     return ("layers or vocabulary run without compiled code, slower; python -m bridle.native.compiling builds it",)
-
-
-def runs_compiled(model: nn.Module) -> bool:
-    """Whether some layers of a model run compiled, as they are now."""
-    compiled = (layer for layer in model.modules() if isinstance(layer, _Quick))
-    return any(_parts(cast("nn.Module", layer)) is not None for layer in compiled)
 
 
 class _Quick:
@@ -126,14 +117,7 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
             if parts is None:
                 return super().forward(hidden_states, *more, **given)
             cosine, sine = given["position_embeddings"]
-            if parts.attention.config._attn_implementation in _CAUSAL:
-                return decoder_layer(parts.shape, hidden_states, cosine, sine, parts.weights)
-            from bridle.language.sampler.slots import held_in_slots
-
-            held = held_in_slots(self.self_attn.layer_idx, hidden_states, parts.shape.key_heads, parts.head)
-            if held is None:
-                return super().forward(hidden_states, *more, **given)
-            return layer_step(parts.shape, hidden_states, cosine, sine, parts.weights, held)
+            return decoder_layer(parts.shape, hidden_states, cosine, sine, parts.weights)
 
     Compiled.__name__, Compiled.__qualname__ = kind.__name__, kind.__qualname__
     return Compiled
@@ -144,11 +128,9 @@ def is_quick(layer: nn.Module) -> bool:
     return isinstance(layer, _Quick)
 
 
-def quick_parts(layer: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor], *, stepping: bool = False) -> _Parts | None:
-    """Return the parts of a layer that runs compiled now, on whole texts x or on a token in each slot; else None."""
-    parts = _served(layer, x, {"position_embeddings": turned}) if isinstance(layer, _Quick) else None
-    kinds = (_SLOTS,) if stepping else _CAUSAL
-    return parts if parts is not None and parts.attention.config._attn_implementation in kinds else None
+def quick_parts(layer: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor]) -> _Parts | None:
+    """Return the parts of a layer that runs compiled now, on whole texts x; else None."""
+    return _served(layer, x, {"position_embeddings": turned}) if isinstance(layer, _Quick) else None
 
 
 def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | None:
@@ -184,7 +166,7 @@ def _parts(layer: nn.Module) -> _Parts | None:
             return None
         known = layer.__dict__[_KNOWN] = fresh
     attention = known.attention
-    if attention.config._attn_implementation not in (*_CAUSAL, _SLOTS):
+    if attention.config._attn_implementation not in _CAUSAL:
         return None
     if layer.training and any(owner.get(name) for owner, name in known.dropouts):
         return None

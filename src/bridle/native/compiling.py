@@ -22,6 +22,7 @@ SOURCES = (
     _PACKAGE / "language" / "layers.c",
     _PACKAGE / "control" / "convolutions.c",
     _PACKAGE / "language" / "vocabulary.c",
+    _PACKAGE / "language" / "decoding.c",
 )
 """What there is to compile; each is a library of its own."""
 

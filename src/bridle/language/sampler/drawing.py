@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
+from bridle.guards import is_plain
+from bridle.language import decoding
+from bridle.language.causal import CausalModel
+from bridle.language.decoding import Choice
+from bridle.language.sampler.products import computed_in, projection
 from bridle.language.sampler.protocol import SamplingSettings
 
-__all__ = ["LARGEST_UNIFORM", "blocked_inverse_cdf", "draw", "inverse_cdf", "warp"]
+__all__ = ["LARGEST_UNIFORM", "Chooser", "blocked_inverse_cdf", "chooser", "draw", "inverse_cdf", "warp"]
+
+Chooser = Callable[[Tensor, NDArray[np.int64], NDArray[np.float32]], tuple[Tensor, Tensor, Tensor]]
+"""(features [m, F], picks [n], uniforms [n]) → what :func:`draw` returns, token i drawn from features ``picks[i]``."""
 
 LARGEST_UNIFORM = 1.0 - 2.0**-23
 """The largest float32 whose product with a float32 total stays below that total."""
@@ -18,6 +30,42 @@ _PIECE = 2**22
 """Logits drawn from at once: beyond that rows are taken in parts, since much larger arrays are new memory every time."""
 _SMALL = 2048
 """Below this vocabulary one cumulative sum is faster than a dozen operations on blocks."""
+
+
+def chooser(actor: CausalModel, settings: SamplingSettings, steps: int) -> Chooser:
+    """Return what draws tokens of ``actor`` for so many steps, while its weights stay: compiled where that is served."""
+    packed = _packed_choice(actor, settings)
+    if packed is not None:
+
+        def compiled(
+            features: Tensor, picks: NDArray[np.int64], uniforms: NDArray[np.float32]
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            token, logp = packed.draw(features, picks, uniforms)
+            return token, logp, logp
+
+        return compiled
+    project = projection(actor, steps)
+
+    def plain(
+        features: Tensor, picks: NDArray[np.int64], uniforms: NDArray[np.float32]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = project(features)
+        if len(picks) != len(logits) or (picks != np.arange(len(picks))).any():
+            logits = logits[torch.from_numpy(picks).to(logits.device)]
+        return draw(logits, torch.from_numpy(uniforms).to(logits.device), settings)
+
+    return plain
+
+
+def _packed_choice(actor: CausalModel, settings: SamplingSettings) -> Choice | None:
+    """The compiled head; None where it is not float32 on the CPU, caps its logits, or its distribution is cut."""
+    if actor.form is None or actor.form.softcap is not None or settings.warped or decoding.library is None:
+        return None
+    head = actor.head()
+    plain = is_plain(head.weight) and (head.bias is None or is_plain(head.bias))
+    if not plain or computed_in(head.weight) is not torch.float32:
+        return None
+    return Choice(head, temperature=settings.temperature)
 
 
 def draw(

@@ -7,8 +7,8 @@ that ends leaves its slot to the next prompt in the following step. A prompt is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,20 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bridle.errors import NonFiniteLogits
+from bridle.language.backbones import packed_stack
 from bridle.language.causal import CausalModel, States
 from bridle.language.policy import head_values
-from bridle.language.sampler.drawing import LARGEST_UNIFORM, draw
+from bridle.language.sampler.drawing import LARGEST_UNIFORM, Chooser, chooser
 from bridle.language.sampler.graphs import GraphedStep
-from bridle.language.sampler.products import projection, swift_products
 from bridle.language.sampler.protocol import Sampled, SamplingSettings, Stop
-from bridle.language.sampler.slots import Prefill, Slots, serving
+from bridle.language.sampler.readers import CompiledReader, ModelReader, Reader
+from bridle.language.sampler.slots import Slots, serving
 from bridle.language.sampler.stopping import Stopping
 from bridle.language.sampler.tape import Tapes
 
 __all__ = ["EmbeddedSampler"]
 
-_BUCKET = {"cpu": 32, "cuda": 256}
-"""Slots grow by this many tokens: attention reads whole slots, so a long one costs every answer, but growing costs too."""
 _PREFILL_TOKENS = 4096
 """Prompt tokens read in one step at most (at least one prompt is): bounds the memory of a step."""
 
@@ -75,24 +74,28 @@ class EmbeddedSampler:
     ) -> list[Sampled]:
         """Draw one answer per prompt; see :class:`bridle.language.sampler.protocol.Sampler`."""
         rows = min(settings.rows, len(prompts))
-        slots, steps = (
-            Slots(self._windows, rows, self._actor.device),
-            -(-len(prompts) // rows) * settings.max_new_tokens,
-        )
+        steps = -(-len(prompts) // rows) * settings.max_new_tokens
+        longest = max(map(len, prompts)) + settings.max_new_tokens
         watch = Stopping(self._stops, settings.stop_strings, self._decode)
-        work = _Work(self._actor, self._value_head, slots, watch, prompts, uniforms, settings)
-        with serving(self._actor.model, slots), self._computing():
-            work.play, work.logits = self._step_over(slots, steps), projection(self._actor, steps)
-            work.products = swift_products(self._actor.model.get_input_embeddings().weight)
+        with self._computing(), self._reading(rows, steps, longest) as reader:
+            choose = chooser(self._actor, settings, steps)
+            work = _Work(reader, choose, self._value_head, watch, prompts, uniforms, settings)
             while work.step():
                 pass
         return work.answers()
 
-    def _step_over(self, slots: Slots, steps: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """The fastest step for answers under way alone: a graph on CUDA, a tape on the CPU; None: the model as it is."""
-        if self._actor.device.type == "cuda" and self._actor.fused:
-            return GraphedStep(self._actor, slots)
-        return self._tapes.over(slots, steps)
+    @contextmanager
+    def _reading(self, rows: int, steps: int, longest: int) -> Iterator[Reader]:
+        """The fastest way through the model: its layers compiled; a graph on CUDA, a tape on the CPU; the model as it is."""
+        actor = self._actor
+        packed = packed_stack(actor.model.base_model, longest) if actor.fused and not any(self._windows) else None
+        if packed is not None:
+            yield CompiledReader(*packed, rows)
+            return
+        slots = Slots(self._windows, rows, actor.device)
+        with serving(actor.model, slots):
+            graphed = actor.device.type == "cuda" and actor.fused
+            yield ModelReader(actor, slots, GraphedStep(actor, slots) if graphed else self._tapes.over(slots, steps))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -122,31 +125,25 @@ class _Work:
 
     def __init__(
         self,
-        actor: CausalModel,
+        reader: Reader,
+        choose: Chooser,
         value_head: nn.Linear | None,
-        slots: Slots,
         watch: Stopping,
         prompts: Sequence[Int[Tensor, " P"]],
         uniforms: NDArray[np.float64],
         settings: SamplingSettings,
     ) -> None:
-        self._actor, self._value_head, self._slots, self._watch = actor, value_head, slots, watch
-        self._settings = settings
-        self.play: Callable[[Tensor, Tensor], Tensor] | None = None
-        """A step for answers under way alone, if one was recorded."""
-        self.logits: Callable[[Tensor], Tensor] = actor.logits
-        """Features → logits [n, V]."""
-        self.products: AbstractContextManager[object] = nullcontext()
-        """The block that the model runs in."""
+        self._reader, self._choose, self._value_head, self._watch = reader, choose, value_head, watch
+        self._limit = settings.max_new_tokens
         self._uniforms = uniforms.astype(np.float32).clip(max=LARGEST_UNIFORM)
         self._queue = _groups(prompts)
         self._size = min(settings.rows, len(prompts))
-        self._answer: list[int] = []
+        self._answer = np.zeros(0, dtype=np.int64)
         """Which answer each used slot holds, slot by slot; below, the length of its text so far, and of the answer."""
         self._group: list[_Group] = []
         self._length = np.zeros(0, dtype=np.int64)
         self._written = np.zeros(0, dtype=np.int64)
-        self._token = torch.zeros(0, dtype=torch.int64, device=actor.device)
+        self._token = torch.zeros(0, dtype=torch.int64, device=reader.device)
         self._drawn = _Drawn(len(prompts), settings.max_new_tokens)
 
     def step(self) -> bool:
@@ -155,13 +152,12 @@ class _Work:
         used = len(self._answer)
         if not used and not starts:
             return False
-        states = self._read(starts)
-        pick = list(range(used))
+        states, picks = self._read(starts), np.arange(used)
         for row, start in enumerate(starts, start=used):
-            pick += [row] * len(start.slots)
+            picks = np.concatenate([picks, np.full(len(start.slots), row)])
             self._begin(start)
         self._length[:used] += 1
-        self._draw(states, pick if starts else None)
+        self._draw(states, picks)
         return True
 
     def answers(self) -> list[Sampled]:
@@ -189,44 +185,17 @@ class _Work:
 
     def _read(self, starts: Sequence[_Start]) -> States:
         """Run the model; return its states for each answer under way, then for each of ``starts``."""
-        used, device = len(self._answer), self._actor.device
-        fresh = [start for start in starts if start.donor is None]
-        self._make_room([len(start.group.ids) for start in starts])
-        positions = torch.from_numpy(self._length.copy()).to(device)
-        self._slots.plan(positions, _prefills(fresh, device))
-        if not fresh and self.play is not None:
-            hidden = self.play(self._token, positions)
-            states = States(hidden=hidden, features=hidden)
-        elif not fresh:
-            rows = torch.arange(used, device=device)
-            where = {"positions": positions[:, None]}
-            with self.products:
-                states = self._actor.states(self._token[:, None], rows, torch.zeros_like(rows), **where)
-        else:
-            ids = torch.from_numpy(np.concatenate([start.group.ids for start in fresh])).to(device)
-            lengths = np.array([len(start.group.ids) for start in fresh])
-            places = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
-            columns = torch.from_numpy(np.concatenate([np.arange(used), used + lengths.cumsum() - 1])).to(device)
-            tokens, where = torch.cat([self._token, ids])[None], {"positions": torch.cat([positions, places])[None]}
-            with self.products:
-                states = self._actor.states(tokens, torch.zeros_like(columns), columns, **where)
-            for row, start in enumerate(fresh, start=used):
-                start.group.read = _rows(states, slice(row, row + 1))
-        if len(fresh) < len(starts):
-            at_starts = [start.group.read for start in starts]
-            parts = [_rows(states, slice(0, used)), *(state for state in at_starts if state is not None)]
-            return States(
-                hidden=torch.cat([part.hidden for part in parts]), features=torch.cat([part.features for part in parts])
-            )
-        return states
-
-    def _make_room(self, prompts: Sequence[int]) -> None:
-        """Keep slots as long as the longest text needs, and hardly longer."""
-        longest = max([int(self._length.max(initial=0)) + 1, *prompts])
-        bucket = _BUCKET[self._actor.device.type]
-        wanted = -(-longest // bucket) * bucket
-        if wanted > self._slots.capacity or wanted <= self._slots.capacity - 2 * bucket:
-            self._slots.reserve(wanted, len(self._answer))
+        used, fresh = len(self._answer), [start for start in starts if start.donor is None]
+        states = self._reader.read(self._token, self._length, [(start.slots[0], start.group.ids) for start in fresh])
+        for row, start in enumerate(fresh, start=used):
+            start.group.read = _rows(states, slice(row, row + 1))
+        if len(fresh) == len(starts):
+            return states
+        at_starts = [start.group.read for start in starts]
+        parts = [_rows(states, slice(0, used)), *(state for state in at_starts if state is not None)]
+        return States(
+            hidden=torch.cat([part.hidden for part in parts]), features=torch.cat([part.features for part in parts])
+        )
 
     def _begin(self, start: _Start) -> None:
         """Take slots for answers whose prompt has just been read, or lies in another slot."""
@@ -234,33 +203,26 @@ class _Work:
         source = slots[0] if start.donor is None else start.donor
         targets = [slot for slot in slots if slot != source]
         if targets:
-            self._slots.copy([source] * len(targets), targets, length)
-        self._answer += [start.group.waiting.pop() for _ in slots]
+            self._reader.copy(source, targets, length)
+        self._answer = np.concatenate([self._answer, [start.group.waiting.pop() for _ in slots]])
         self._group += [start.group] * len(slots)
         self._length = np.concatenate([self._length, np.full(len(slots), length)])
         self._written = np.concatenate([self._written, np.zeros(len(slots), dtype=np.int64)])
 
-    def _draw(self, states: States, pick: list[int] | None) -> None:
-        """Draw a token for each slot in use from row ``pick[slot]`` of the states; let go of answers that it ends."""
-        device = self._actor.device
-        logits = self.logits(states.features)
-        values = None if self._value_head is None else head_values(self._value_head, states.hidden)
-        if pick is not None and pick != list(range(len(pick))):
-            chosen = torch.tensor(pick, device=device)
-            logits = logits[chosen]
-            values = None if values is None else values[chosen]
-        uniform = torch.from_numpy(self._uniforms[self._answer, self._written]).to(device)
-        self._token, logp, plain = draw(logits, uniform, self._settings)
-        tokens = self._token.tolist()
+    def _draw(self, states: States, picks: NDArray[np.int64]) -> None:
+        """Draw a token for each slot in use from row ``picks[slot]`` of the states; let go of answers that it ends."""
+        self._token, logp, plain = self._choose(states.features, picks, self._uniforms[self._answer, self._written])
+        values = None
+        if self._value_head is not None:
+            values = head_values(self._value_head, states.hidden)[torch.from_numpy(picks).to(logp.device)]
+        answers, tokens = self._answer.tolist(), self._token.tolist()
         self._drawn.add(self._answer, self._written, tokens, (logp, plain, values))
         self._written += 1
-        ended = self._watch.ended(self._answer, tokens)
-        limit = self._settings.max_new_tokens
-        ended |= {
-            b: Stop.LENGTH for b, n in zip(self._answer, self._written, strict=True) if n == limit and b not in ended
-        }
+        ended = self._watch.ended(answers, tokens)
+        for slot in np.nonzero(self._written == self._limit)[0]:
+            ended.setdefault(answers[slot], Stop.LENGTH)
         if ended:
-            self._release([slot for slot, b in enumerate(self._answer) if b in ended])
+            self._release([slot for slot, b in enumerate(answers) if b in ended])
             self._drawn.stops |= ended
 
     def _release(self, slots: Sequence[int]) -> None:
@@ -272,10 +234,9 @@ class _Work:
         order = np.arange(staying)
         order[gaps] = movers
         if movers:
-            self._slots.copy(movers, gaps, int(self._length[movers].max()))
-        self._answer = [self._answer[slot] for slot in order]
+            self._reader.move(movers, gaps, int(self._length[movers].max()))
         self._group = [self._group[slot] for slot in order]
-        self._length, self._written = self._length[order], self._written[order]
+        self._answer, self._length, self._written = (x[order] for x in (self._answer, self._length, self._written))
         self._token = self._token[torch.from_numpy(order).to(self._token.device)]
 
 
@@ -290,14 +251,14 @@ class _Drawn:
 
     def add(
         self,
-        answers: Sequence[int],
+        answers: NDArray[np.int64],
         written: NDArray[np.int64],
         tokens: Sequence[int],
         numbers: tuple[Tensor, Tensor, Tensor | None],
     ) -> None:
         """Note one token of each of ``answers``, its log-probs, and V if there is one."""
         self._ids[answers, written] = tokens
-        self._places.append(np.asarray(answers) * self._ids.shape[1] + written)
+        self._places.append(answers * self._ids.shape[1] + written)
         for kept, new in zip(self._numbers, numbers, strict=True):
             if new is not None:
                 kept.append(new)
@@ -336,17 +297,6 @@ def _groups(prompts: Sequence[Int[Tensor, " P"]]) -> list[_Group]:
         group = found.setdefault(tuple(prompt.tolist()), _Group(ids=prompt.numpy(), waiting=[]))
         group.waiting.insert(0, b)
     return sorted(found.values(), key=lambda group: len(group.ids))
-
-
-def _prefills(starts: Sequence[_Start], device: torch.device) -> list[Prefill]:
-    """Let neighbours of equal length be read together."""
-    found: list[tuple[int, list[int]]] = []
-    for start in starts:
-        length = len(start.group.ids)
-        if not found or found[-1][0] != length:
-            found.append((length, []))
-        found[-1][1].append(start.slots[0])
-    return [Prefill(slots=torch.tensor(slots, device=device), length=length) for length, slots in found]
 
 
 def _rows(states: States, which: slice) -> States:

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from bridle.errors import ModelError
-from bridle.language.layers import Held
 from bridle.language.sampler.products import bfloat16_is_slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Prefill", "Recorder", "Slots", "held_in_slots", "serving"]
+__all__ = ["Prefill", "Recorder", "Slots", "serving"]
 
 _NAME = "bridle_embedded"
 _NARROW = 16
@@ -175,19 +174,6 @@ class Slots:
         found = torch.bmm(torch.softmax(scores, dim=-1), read.transpose(1, 2) if values.across else read)
         return found.view(n, 1, query.shape[1], -1).to(kind)
 
-    def held(self, layer: int, x: Float[Tensor, "n 1 W"], heads: int, width: int) -> Held | None:
-        """Say where a compiled layer finds and puts keys and values of one token more in every slot; None: it cannot serve."""
-        if (
-            self._prefills
-            or x.shape[:2] != (len(self._positions), 1)
-            or self.windows[layer] is not None
-            or x.requires_grad
-        ):
-            return None
-        like = x.new_empty(len(x), heads, 1, width)
-        keys, values = self._open(layer, like, like)
-        return Held(keys=keys.held, values=values.held, across=values.across, places=self._positions)
-
     def _stored(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is computed with: bfloat16 numbers as float32 ones where that is faster."""
         if self._wide and value.dtype is torch.bfloat16:
@@ -286,12 +272,6 @@ _operations.impl(
 )
 
 _serving: list[Slots | Recorder] = []
-
-
-def held_in_slots(layer: int, x: Float[Tensor, "n 1 W"], heads: int, width: int) -> Held | None:
-    """The same of the slots in use; None while a step is recorded."""
-    slots = _serving[-1]
-    return slots.held(layer, x, heads, width) if isinstance(slots, Slots) else None
 
 
 def _attention(

@@ -25,7 +25,6 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bridle.language.causal import CausalModel
-from bridle.language.quickening import runs_compiled
 from bridle.language.sampler.products import computed_in, swift_products
 from bridle.language.sampler.slots import Recorder, Slots, serving
 
@@ -76,7 +75,7 @@ class Tapes:
         It holds until the weights move, and in the dtype that is computed in now. Recording costs some hundred
         times what a played step saves, so it waits until that many ``steps`` have been asked for in all.
         """
-        if not self._actor.fused or self._actor.device.type != "cpu" or runs_compiled(self._actor.model):
+        if not self._actor.fused or self._actor.device.type != "cpu":
             return None
         dtype = computed_in(self._actor.model.get_input_embeddings().weight)
         self._steps[dtype] = self._steps.get(dtype, 0) + steps
