@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from bridle.batch import Batch
 from bridle.control import compiled, descending
 from bridle.control.actor_critic import ActorCritic
+from bridle.control.descending import Descending
 from bridle.control.networks import NetworkSettings
 from bridle.control.small import SmallActorCritic
 from bridle.errors import NonFiniteStep
@@ -22,6 +24,7 @@ from bridle.learn.minibatches import minibatches
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.record import UpdateStep, summarise
+from bridle.random import generator
 from tests.built import built, source_named
 from tests.control.test_small import SHAPES, build, units
 
@@ -46,6 +49,16 @@ class OneByOne(SmallActorCritic):
 
     def descend(self, *_: Any) -> None:
         return None
+
+
+@contextmanager
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def batch_of(policy: SmallActorCritic, width: int, kind: str, size: int, rows: int) -> Batch:
@@ -267,6 +280,39 @@ def test_steps_are_counted_and_kept_as_those_of_the_optimiser() -> None:
 
 def test_buffers_have_as_many_rows_as_compiled_code_takes_at_a_time() -> None:
     assert f"#define ROWS {descending._ROWS} " in source_named("small.c").read_text()
+
+
+@pytest.mark.parametrize(("width", "kind", "size", "settings"), SHAPES[:3])
+def test_what_is_made_for_it_is_of_float32_whatever_is_the_default(
+    width: int, kind: str, size: int, settings: NetworkSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code writes float32 into what it is given: read as float64, two numbers would be one."""
+    policy = build(width, kind, size, settings)
+    batch, real, found = batch_of(policy, width, kind, size, 100), Descending.steps, []
+    for dtype in (torch.float32, torch.float64):
+        taken: list[int] = []
+
+        def steps(own: Descending, *given: Any, dtype: torch.dtype = dtype, taken: list[int] = taken) -> Any:
+            with by_default(dtype):  # what else an update makes would be float64, too, and no longer go this way
+                own.__init__(own.stack)  # type: ignore[misc]
+                done = real(own, *given)
+            assert done is not None
+            taken.append(len(done.norms))
+            return done
+
+        monkeypatch.setattr(Descending, "steps", steps)
+        own, alone = as_(SmallActorCritic, policy), as_(OneByOne, policy)
+        records = learn(own, batch, PLAIN)
+        assert sum(taken) == PLAIN.epochs * PLAIN.minibatches
+        with by_default(dtype):
+            records += learn(alone, batch, PLAIN)
+            acting = own.acting(batch.units.observations, 1, generator(0, "test"))
+            acting.act(batch.units.observations, None)
+            found.append([acting.actions(), acting.logp(), *own.parameters(), *alone.parameters()])
+        found[-1] += [getattr(step.seen, name) for step in records for name in ("logp", "entropy", "value")]
+        found[-1] += [torch.tensor([*step.grad_norms.values()]) for step in records]
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 def test_a_copy_descends_by_itself() -> None:

@@ -38,7 +38,7 @@ class Choosing(Acting):
         super().__init__(policy, draws)
         self._actor = actor
         self._gumbel = draws.gumbel(size=(steps, rows, width)).astype(np.float32)
-        self._logits = torch.empty(steps, rows, width)
+        self._logits = torch.empty(steps, rows, width, dtype=torch.float32)
         self._chosen = np.empty((steps, rows), dtype=np.int64)
         self._at = 0
         logits, arrays = self._logits.unbind(), self._logits.numpy()
@@ -81,7 +81,7 @@ class Drawing(Acting):
         noise = draws.standard_normal((steps, rows, len(log_std))).astype(np.float32)
         noise *= log_std.exp().numpy()
         self._noise = noise
-        self._mean = torch.empty(noise.shape)
+        self._mean = torch.from_numpy(np.empty_like(noise))
         self._at = 0
         mean, arrays = self._mean.unbind(), self._mean.numpy()
         self._each = list(zip(mean, arrays, noise, strict=True))

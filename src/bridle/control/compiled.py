@@ -142,11 +142,11 @@ class Run:
         self._nets: list[_Net] = []
         self._pointers: list[Any] = []
         for net in stack.nets:
-            hidden = [torch.empty(rows, len(bias)) for bias in net[1:-2:2]]
-            out = torch.empty(len(net[-1]), rows)
+            hidden = [bias.new_empty(rows, len(bias)) for bias in net[1:-2:2]]
+            out = net[-1].new_empty(len(net[-1]), rows)
             own = net_of(net, rows, tanh=stack.tanh, hidden=hidden)
             own.out, own.across, own.along = out.data_ptr(), rows, 1
-            work = torch.empty(library.perceptron_work(own))
+            work = net[-1].new_empty(library.perceptron_work(own))
             own.work = work.data_ptr()
             self._buffers += [*hidden, work]
             self.outputs.append(out)
@@ -184,10 +184,10 @@ class Frozen:
             tensor.detach().T.contiguous() if tensor.ndim == 2 else tensor.detach().clone() for tensor in net[:-2]
         ]
         turned += [tensor.detach().clone() for tensor in net[-2:]]
-        hidden = [torch.empty(rows, len(bias)) for bias in net[1:-2:2]]
+        hidden = [bias.new_empty(rows, len(bias)) for bias in net[1:-2:2]]
         self._net = net_of(turned, rows, tanh=tanh, hidden=hidden, transposed=True)
         self._net.across, self._net.along = 1, len(net[-1])
-        work = torch.empty(library.perceptron_work(self._net))
+        work = net[-1].new_empty(library.perceptron_work(self._net))
         self._net.work = work.data_ptr()
         self._kept = [*turned, *hidden, work]
         self._pointer = ctypes.byref(self._net)
@@ -236,7 +236,7 @@ class Softmax:
         if chosen.dtype is not torch.int64 or chosen.shape != z.shape[1:]:
             raise ValueError(f"actions of {chosen.dtype} and shape {tuple(chosen.shape)}, expected int64 {z.shape[1:]}")
         self._logs, self._p = torch.empty_like(z), torch.empty_like(z)
-        self.logp, self.entropy = torch.empty(z.shape[1]), torch.empty(z.shape[1])
+        self.logp, self.entropy = z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
         wrong = library.softmax_forward(
             z.shape[1],
             z.shape[0],
@@ -279,7 +279,7 @@ class Normal:
             )
         self._log_std = log_std.contiguous()
         self._z = torch.empty_like(mean)
-        self.logp = torch.empty(mean.shape[1])
+        self.logp = mean.new_empty(mean.shape[1])
         drawn = actions.contiguous()
         library.normal_forward(
             mean.shape[1],

@@ -49,15 +49,15 @@ class Descending:
         self._nets: list[Any] = []
         self._buffers: list[Tensor] = []
         for net in stack.nets:
-            hidden = [torch.empty(_ROWS, len(bias)) for bias in net[1:-2:2]]
-            out = torch.empty(len(net[-1]), _ROWS)
+            hidden = [bias.new_empty(_ROWS, len(bias)) for bias in net[1:-2:2]]
+            out = net[-1].new_empty(len(net[-1]), _ROWS)
             own = compiled.net_of(net, _ROWS, tanh=stack.tanh, hidden=hidden)
-            work = torch.empty(compiled.library.perceptron_work(own))
+            work = net[-1].new_empty(compiled.library.perceptron_work(own))
             own.out, own.work = out.data_ptr(), work.data_ptr()
             self._nets.append(own)
             self._buffers += [*hidden, out, work]
         self._inputs, self._outputs = stack.nets[0][0].shape[1], len(stack.nets[0][-1])
-        self._work = torch.empty(_ROWS * (self._inputs + 4 * self._outputs))
+        self._work = stack.nets[0][0].new_empty(_ROWS * (self._inputs + 4 * self._outputs))
 
     def steps(
         self, units: Transitions, parts: Minibatches, log_std: Tensor | None, terms: ClippedTerms, adam: FlatAdam
@@ -78,7 +78,7 @@ class Descending:
         for net, gradients in zip(self._nets, self.stack.gradients, strict=True):
             compiled.point_at(net, gradients)
         lengths = torch.tensor(parts.lengths)
-        answers, norms = torch.empty(3, len(whole.actions)), torch.empty(len(parts))
+        answers, norms = vector.new_empty(3, len(whole.actions)), vector.new_empty(len(parts))
         at = {name: getattr(whole, name).data_ptr() for name in ("old_logp", "advantages", "returns")}
         at |= {name: row.data_ptr() for name, row in zip(("logp", "entropies", "values"), answers, strict=True)}
         at |= {name: getattr(adam, name).data_ptr() for name in ("weights", "gradient", "m", "v")}
