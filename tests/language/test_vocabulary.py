@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -220,26 +222,103 @@ def test_token_logprobs_are_the_same_and_keep_their_graph() -> None:
     assert closely(same, entropy.detach())
 
 
-@pytest.mark.parametrize("kind", ["softcap", "float64", "strided", "target", "temperature", "none compiled"])
-def test_what_is_not_served_runs_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (hidden, head), targets = drawn((4, 8, 50, 0, False))[0][0], drawn((4, 8, 50, 0, False))[1]
-    temperature = 1.0
-    match kind:
-        case "softcap":
-            head = VocabularyHead(weight=head.weight, softcap=30.0)
-        case "float64":
-            hidden, head = hidden.double(), VocabularyHead(weight=head.weight.double())
-        case "strided":
-            head = VocabularyHead(weight=head.weight.T.contiguous().T)
-        case "target":
-            targets = targets.clone()
-            targets[1] = 50
-        case "temperature":
-            temperature = -1.0
-        case _:
-            monkeypatch.setattr(vocabulary, "library", None)
+class Own(Tensor):
+    """A tensor that may mean something else by what is done to it."""
+
+
+def head_of(weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> VocabularyHead:
+    return VocabularyHead(weight=weight, bias=bias, softcap=softcap)
+
+
+Given = dict[str, Any]
+UNSERVED: dict[str, Callable[[Given], Given]] = {
+    "softcap": lambda g: {"head": head_of(g["head"].weight, softcap=30.0)},
+    "float64": lambda g: {"hidden": g["hidden"].double(), "head": head_of(g["head"].weight.double())},
+    "strided": lambda g: {"head": head_of(g["head"].weight.T.contiguous().T)},
+    "temperature": lambda g: {"temperature": -1.0},
+    "a target beyond the vocabulary": lambda g: {"targets": g["targets"].clamp(min=50)},
+    "a target below it": lambda g: {"targets": g["targets"] - 50},
+    "targets of fewer bits": lambda g: {"targets": g["targets"].int()},
+    "targets in two dimensions": lambda g: {"targets": g["targets"][:, None]},
+    "targets elsewhere": lambda g: {"targets": g["targets"].to("meta")},
+    "no position": lambda g: {"hidden": g["hidden"][:0], "targets": g["targets"][:0]},
+    "fewer states than targets": lambda g: {"hidden": g["hidden"][:3]},
+    "states elsewhere": lambda g: {"hidden": g["hidden"].to("meta")},
+    "states of another kind": lambda g: {"hidden": g["hidden"].as_subclass(Own)},
+    "a bias too short": lambda g: {"head": head_of(g["head"].weight, torch.zeros(49))},
+    "a reference of fewer tokens": lambda g: {"reference": (g["hidden"], head_of(g["head"].weight[:49]))},
+    "a gradient too short": lambda g: {"weight_grad": torch.zeros(49, 8)},
+    "a gradient across": lambda g: {"weight_grad": torch.zeros(8, 50).T},
+    "a bias's gradient too short": lambda g: {"bias_grad": torch.zeros(49)},
+}
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("kind", UNSERVED)
+def test_what_is_not_served_runs_as_it_is(kind: str) -> None:
+    """Compiled code would read it as something else, or where it does not lie."""
+    ((hidden, head),), targets = drawn((4, 8, 50, 0, False))
+    given = {"hidden": hidden, "head": VocabularyHead(weight=head.weight), "targets": targets}
+    head_answers(**given)
     with pytest.raises(AssertionError, match="ran as it is"):
-        head_answers(hidden, head, targets, temperature=temperature)
+        head_answers(**{**given, **UNSERVED[kind](given)})
+
+
+def test_where_nothing_is_compiled_it_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((hidden, head),), targets = drawn((4, 8, 50, 0, False))
+    monkeypatch.setattr(vocabulary, "library", None)
+    with pytest.raises(AssertionError, match="ran as it is"):
+        head_answers(hidden, head, targets)
+
+
+@pytest.mark.parametrize("lying", ["one number for all", "every second", "float64"])
+def test_slopes_and_targets_may_lie_anyhow(lying: str) -> None:
+    ((hidden, head), reference), targets = drawn((6, 8, 50, 8, True))
+    slopes = {name: draw(6, seed=at) for at, name in enumerate(("logp", "entropy", "kl"))}
+    if lying == "one number for all":
+        slopes = dict.fromkeys(slopes, torch.full((6,), 0.7))
+    laid: dict[str, Callable[[Tensor], Tensor]] = {
+        "one number for all": lambda t: t[:1].expand(6),
+        "every second": lambda t: torch.stack([t, t + 1], 1)[:, 0],
+        "float64": lambda t: t.double(),
+    }
+    found = []
+    for own in (lambda t: t, laid[lying]):
+        weight_grad, bias_grad = torch.zeros(50, 8), torch.zeros(50)
+        slope = head_answers(
+            hidden,
+            head,
+            torch.stack([targets, targets - 1], 1)[:, 0] if own is laid[lying] else targets,
+            reference=reference,
+            weighing=lambda rows, _, own=own: HeadSlopes(**{name: own(slope) for name, slope in slopes.items()}),
+            weight_grad=weight_grad,
+            bias_grad=bias_grad,
+        )[1]
+        found.append((slope, weight_grad, bias_grad))
+    assert all(torch.equal(mine, other) for mine, other in zip(*found, strict=True))
+
+
+def test_a_vocabulary_larger_than_what_is_kept_is_taken_a_position_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((hidden, head),), targets = drawn((6, 8, 50, 0, False))
+    seen: list[int] = []
+
+    def weighing(rows: slice, found: HeadAnswers) -> HeadSlopes:
+        seen.append(rows.stop - rows.start)
+        return HeadSlopes(logp=torch.ones_like(found.logp))
+
+    expected = head_answers(hidden, head, targets, weighing=weighing)[1]
+    monkeypatch.setattr(vocabulary, "_KEPT_NUMBERS", 100)
+    found = head_answers(hidden, head, targets, weighing=weighing)[1]
+    assert seen == [6] + [1] * 6
+    assert found is not None
+    assert expected is not None
+    assert closely(found, expected)
+
+
+def test_a_temperature_that_gives_no_distribution_is_refused_without_a_gradient_too() -> None:
+    ((hidden, head),), targets = drawn((4, 8, 50, 0, False))
+    with torch.no_grad(), pytest.raises(ValueError, match="temperature"):
+        token_logprobs(hidden, head, targets, temperature=-1.0)
 
 
 @pytest.mark.parametrize("count", [6, 600])
