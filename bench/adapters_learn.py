@@ -146,7 +146,7 @@ def a_line(folder: Path, lora: LoraSettings) -> Roles:
     """Actor, critic and reference."""
     return open_roles(
         ModelSettings(path=str(folder)),
-        CriticSettings(),
+        CriticSettings(source="actor"),
         None,
         temperature=1.0,
         device=torch.device("cpu"),

@@ -67,7 +67,7 @@ def held(dtype: str) -> dict[str, int]:
     """Bytes of what actor, critic and reference hold in PPO, each memory once; gradients and moments are float32."""
     roles = open_roles(
         ModelSettings(path=str(MODEL)),
-        CriticSettings(),
+        CriticSettings(source="actor"),
         None,
         temperature=1.0,
         device=torch.device("cpu"),

@@ -27,6 +27,7 @@ from bridle.jobs import control, ppo, reward, sft
 from bridle.jobs.session import RunSettings
 from bridle.language.data import DataSettings
 from bridle.language.models import ModelSettings, load_reward_model, save_model
+from bridle.language.roles import CriticSettings
 from bridle.language.sampler import SamplingSettings
 from bridle.language.scorers import RewardSettings
 from bridle.learn.optim import OptimSettings
@@ -128,6 +129,7 @@ def run_ppo(world: Path, path: Path, change: str) -> Path:
             sampling=SamplingSettings(max_new_tokens=24),
             ppo=PPOSettings(epochs=2, minibatches=2, micro_batch_tokens=400 if change == "micro" else 1200),
             actor=OptimSettings(lr=1e-3),
+            critic=CriticSettings(source="actor"),
             critic_optim=OptimSettings(lr=1e-3),
             evaluation=ppo.EvaluationSettings(held_out=8, every=100),
         )

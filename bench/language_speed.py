@@ -225,7 +225,7 @@ def measure(name: str, part: Part, bench: Bench, rounds: int) -> dict[str, Any]:
     if part.model == "15M" and isinstance(work, PPOWork):
         flops = training_flops(work, vocabulary=32_000, width=288, layers=6)
         for side, found in found_sides.items():
-            if side != "bridle-trunk":  # which has one trunk to train
+            if side in ("bridle", "trl"):  # the others train one trunk
                 spent = next(found["parts"][key] for key in ("training_seconds", "train_cpu") if key in found["parts"])
                 found["training_gflops"] = flops / spent / 1e9
     told = {

@@ -43,7 +43,7 @@ def settings_of(work: PPOWork | TuningWork, folder: Path) -> RunSettings:
 
 
 def ppo_config(work: PPOWork, folder: Path, *, form: str) -> PPOConfig:
-    """``same``: TRL's work, item by item; ``defaults``: Bridle's own; ``trunk``: these with the critic on the actor's trunk."""
+    """``same``: TRL's work, item by item; ``trunk``: this with the critic on the actor's trunk; ``defaults``: Bridle's own."""
     plain = PPOConfig(
         run=settings_of(work, folder),
         model=ModelSettings(path=work.model),
@@ -56,12 +56,11 @@ def ppo_config(work: PPOWork, folder: Path, *, form: str) -> PPOConfig:
     )
     if form == "defaults":
         return plain
-    if form == "trunk":
-        return replace(plain, critic=CriticSettings(source="trunk"))
     optim = OptimSettings(lr=work.lr, schedule="linear", max_grad_norm=None)
     return replace(
         plain,
         kl=KLSettings(where="reward", estimator="k1", coefficient=work.kl),
+        advantage=replace(plain.advantage, lam=work.lam),
         ppo=replace(
             plain.ppo,
             epochs=work.epochs,
@@ -70,7 +69,7 @@ def ppo_config(work: PPOWork, folder: Path, *, form: str) -> PPOConfig:
             value_coefficient=work.value,
         ),
         actor=optim,
-        critic=CriticSettings(source="reward"),
+        critic=CriticSettings(source="trunk" if form == "trunk" else "reward"),
         critic_optim=optim,
     )
 

@@ -29,8 +29,10 @@ from bridle.jobs.control import default_config
 from bridle.jobs.session import RunSettings, Session
 from bridle.language.data import DataSettings
 from bridle.language.models import ModelSettings
+from bridle.language.roles import CriticSettings
 from bridle.language.sampler import SamplingSettings
 from bridle.language.scorers import RewardSettings
+from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.runs.files import Json, save_json
 from bridle.runs.invariants import Watch
@@ -60,7 +62,9 @@ def run_ppo(world: Path, path: Path) -> Path:
             steps=6,
             prompts_per_step=32,
             sampling=SamplingSettings(max_new_tokens=32),
+            advantage=AdvantageSettings(gamma=1.0, lam=0.95),
             ppo=PPOSettings(epochs=2, minibatches=2),
+            critic=CriticSettings(source="actor"),
             evaluation=ppo.EvaluationSettings(held_out=4, every=100),
         )
     )

@@ -120,7 +120,7 @@ class Step:
             self.reference,
             Moments.empty(),
             shaping=ShapingSettings(),
-            kl=KLSettings(),
+            kl=KLSettings(where="reward"),
             kl_coefficient=0.05,
             advantage=AdvantageSettings(gamma=1.0, lam=0.95),
             micro_batch_tokens=self.settings.micro_batch_tokens,

@@ -321,7 +321,7 @@ JOBS = {
             path,
             run=_KEPT,
             steps=6,
-            kl=KLSettings(target=1.0, horizon=20),
+            kl=KLSettings(where="reward", target=1.0, horizon=20),
             shaping=ShapingSettings(scale=True),
             evaluation=ppo.EvaluationSettings(held_out=4, every=2),
         ),

@@ -13,8 +13,11 @@ from bridle.jobs import ppo, reward, sft
 from bridle.jobs.session import RunSettings
 from bridle.language.data import DataSettings
 from bridle.language.models import ModelSettings, load_reward_model, save_model
+from bridle.language.roles import CriticSettings
 from bridle.language.sampler import SamplingSettings
 from bridle.language.scorers import RewardSettings
+from bridle.language.shaping import KLSettings
+from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
 from tests.language.tiny import byte_tokenizer, tiny_model
@@ -68,6 +71,9 @@ def ppo_config(world: Path, path: Path, *, run: dict[str, Any] | None = None, **
         "sampling": SamplingSettings(max_new_tokens=6),
         "ppo": PPOSettings(epochs=2, minibatches=2, micro_batch_tokens=40),
         "actor": OptimSettings(lr=3e-3),
+        "advantage": AdvantageSettings(gamma=1.0, lam=0.95),
+        "critic": CriticSettings(source="actor"),
+        "kl": KLSettings(where="reward"),
         "critic_optim": OptimSettings(lr=3e-3),
         "evaluation": ppo.EvaluationSettings(held_out=6, every=100),
     }

@@ -27,6 +27,7 @@ from bridle.language.roles import CriticSettings
 from bridle.language.sampler import SamplingSettings
 from bridle.language.scorers import RewardSettings
 from bridle.language.shaping import KLSettings
+from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.runs import Run
@@ -79,6 +80,9 @@ def ppo_config(world: Path, path: Path, model: Path, **changes: Any) -> ppo.PPOC
         "steps": 3,
         "prompts_per_step": 8,
         "actor": OptimSettings(lr=1e-2),
+        "advantage": AdvantageSettings(gamma=1.0, lam=0.95),
+        "critic": CriticSettings(source="actor"),
+        "kl": KLSettings(where="reward"),
         "critic_optim": OptimSettings(lr=3e-3),
     }
     return ppo.PPOConfig(
@@ -194,7 +198,7 @@ def test_from_demonstrations_to_ppo_all_on_one_base(world: Path, tmp_path: Path)
         reward=RewardSettings(
             model=str(tmp_path / "rm/reward"), functions=(f"{world}/judge.py:letters",), weights=(0.1, 1.0)
         ),
-        kl=KLSettings(coefficient=0.01),
+        kl=KLSettings(where="reward", coefficient=0.01),
         critic=CriticSettings(source="reward"),
         lora=replace(LORA, alpha=None),
         steps=2,
@@ -210,7 +214,7 @@ def test_ppo_learns_through_adapters_alone(world: Path, tmp_path: Path) -> None:
         world,
         tmp_path / "ppo",
         world / "model",
-        kl=KLSettings(coefficient=0.01),
+        kl=KLSettings(where="reward", coefficient=0.01),
         actor=OptimSettings(lr=0.1),
         critic=CriticSettings(source="trunk"),
         steps=12,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from bridle.language.roles import CriticSettings
 from bridle.language.sampler import SamplingSettings
 from bridle.language.scorers import RewardSettings
 from bridle.language.shaping import KLSettings, ShapingSettings
+from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.runs import Run
@@ -79,6 +80,9 @@ def config(world: Path, path: Path, **changes: Any) -> PPOConfig:
         "sampling": SamplingSettings(max_new_tokens=6),
         "ppo": PPOSettings(epochs=2, minibatches=2, micro_batch_tokens=40),
         "actor": OptimSettings(lr=3e-3),
+        "advantage": AdvantageSettings(gamma=1.0, lam=0.95),
+        "critic": CriticSettings(source="actor"),
+        "kl": KLSettings(where="reward"),
         "critic_optim": OptimSettings(lr=3e-3),
         "evaluation": EvaluationSettings(held_out=6, every=2),
     }
@@ -88,6 +92,13 @@ def config(world: Path, path: Path, **changes: Any) -> PPOConfig:
         prompts=DataSettings(path=str(world / "prompts.jsonl")),
         **{**common, **changes},
     )
+
+
+DEFAULTS: dict[str, Any] = {
+    f.name: f.default_factory()  # type: ignore[misc]
+    for f in fields(PPOConfig)
+    if f.name in ("advantage", "critic", "kl", "ppo")
+}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -117,7 +128,7 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_a_policy(world: Path, tmp_
 
 def test_samples_keep_every_quantity_of_every_token(world: Path, tmp_path: Path) -> None:
     """The sum of an answer's rewards is its score less β times its sampled KL; λ = 1 advantages sum back to returns."""
-    run(config(world, tmp_path / "run", kl=KLSettings(coefficient=0.3)))
+    run(config(world, tmp_path / "run", kl=KLSettings(where="reward", coefficient=0.3)))
     for row in Run.open(tmp_path / "run").read_samples(4):
         lists = {name: value for name, value in row.items() if isinstance(value, list) and name != "prompt_ids"}
         assert {len(v) for v in lists.values()} == {len(row["ids"])}
@@ -137,22 +148,25 @@ def test_samples_keep_every_quantity_of_every_token(world: Path, tmp_path: Path)
         {"critic": CriticSettings(source="trunk")},
         {"kl": KLSettings(where="loss", estimator="exact", coefficient=0.01)},
         {"critic": CriticSettings(source="actor"), "shaping": ShapingSettings(whiten=True), "answers_per_prompt": 2},
+        {**DEFAULTS, "kl": KLSettings(coefficient=0.01)},
     ],
-    ids=["value head on the trunk", "exact KL in the loss", "own critic, whitened"],
+    ids=["value head on the trunk", "exact KL in the loss", "own critic, whitened", "defaults"],
 )
 def test_it_learns(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    common = {"kl": KLSettings(coefficient=0.01), "actor": OptimSettings(lr=1e-2)}
+    common = {"kl": KLSettings(where="reward", coefficient=0.01), "actor": OptimSettings(lr=1e-2)}
     run(config(world, tmp_path / "run", steps=16, prompts_per_step=16, **{**common, **changes}))
     scores = [float(str(row["score"])) for row in Run.open(tmp_path / "run").metrics() if "clip_fraction" in row]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3
 
 
-def test_resumed_is_bit_for_bit_the_run_that_never_stopped(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("some", [{}, DEFAULTS], ids=["own critic, k1 in the reward", "defaults"])
+def test_resumed_is_bit_for_bit_the_run_that_never_stopped(world: Path, tmp_path: Path, some: dict[str, Any]) -> None:
     changes: dict[str, Any] = {
-        "kl": KLSettings(target=0.5, horizon=100),
+        "kl": KLSettings(where="reward", target=0.5, horizon=100),
         "shaping": ShapingSettings(scale=True),
         "mix": MixSettings(path=str(world / "demos.jsonl"), coefficient=0.1, batch=3),
         "actor": OptimSettings(lr=3e-3, schedule="linear", warmup_steps=1),
+        **some,
     }
     run(config(world, tmp_path / "whole", **changes))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -327,7 +341,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(world: Path, tmp
     with pytest.raises(ConfigError, match="warmup_steps"):
         config(world, path, critic=CriticSettings(warmup_steps=4))
     with pytest.raises(ConfigError, match="horizon"):
-        config(world, path, kl=KLSettings(target=1.0, horizon=1))
+        config(world, path, kl=KLSettings(where="reward", target=1.0, horizon=1))
     with pytest.raises(ConfigError, match="kl_loss"):
         config(world, path, ppo=PPOSettings(kl_loss="k3"))
     with pytest.raises(ConfigError, match="held_out"):

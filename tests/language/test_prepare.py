@@ -66,7 +66,7 @@ def rollout(policy: LanguagePolicy, limit: int = 10, k: int = 2, sampler: Sample
 def prepared(policy: LanguagePolicy, reference: CausalModel, episodes: list[Episode], **changes: object) -> object:
     options = {
         "shaping": ShapingSettings(),
-        "kl": KLSettings(),
+        "kl": KLSettings(where="reward"),
         "kl_coefficient": 0.1,
         "advantage": AdvantageSettings(gamma=1.0, lam=0.95),
         "micro_batch_tokens": None,
@@ -184,11 +184,13 @@ def test_the_reference_is_asked_for_what_the_leash_reads() -> None:
     policy, reference = make_policy()
     episodes = rollout(policy)
     for kl, coefficient, ids, features in [
-        (KLSettings(), 0.1, True, False),
-        (KLSettings(), 0.0, False, False),
+        (KLSettings(where="reward"), 0.1, True, False),
+        (KLSettings(where="reward"), 0.0, False, False),
         (KLSettings(where="none"), 0.0, False, False),
         (KLSettings(where="loss", estimator="k3"), 0.1, True, False),
         (KLSettings(where="loss", estimator="exact"), 0.1, False, True),
+        (KLSettings(where="loss"), 0.1, False, True),
+        (KLSettings(where="none", estimator="exact"), 0.0, False, False),
     ]:
         batch = prepared(policy, reference, episodes, kl=kl, kl_coefficient=coefficient).batch
         assert (batch.ref_logp is not None) == ids

@@ -104,10 +104,12 @@ class PPOConfig:
     """What becomes of a score."""
     kl: KLSettings = field(default_factory=KLSettings)
     """The leash to the reference."""
-    advantage: AdvantageSettings = field(default_factory=lambda: AdvantageSettings(gamma=1.0, lam=0.95))
-    """How credit is spread over an answer's tokens."""
-    ppo: PPOSettings = field(default_factory=lambda: PPOSettings(micro_batch_tokens=4_096))
-    """The clipped objective."""
+    advantage: AdvantageSettings = field(default_factory=lambda: AdvantageSettings(gamma=1.0, lam=1.0))
+    """How credit is spread over an answer's tokens. λ = 1, for the score comes at the end and the critic starts at V = 0."""
+    ppo: PPOSettings = field(
+        default_factory=lambda: PPOSettings(epochs=2, value_coefficient=0.1, micro_batch_tokens=4_096)
+    )
+    """The clipped objective. The values' share is small: on a shared trunk large returns would drown the policy's gradient."""
     recompute: bool = False
     """Keep of each layer its input alone while training and run it again on the way back: less memory, a third more work."""
     actor: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-5))
@@ -144,9 +146,7 @@ class PPOConfig:
     @property
     def objective(self) -> PPOSettings:
         """The clipped objective with the leash, where that is in the loss."""
-        if self.kl.where != "loss" or self.kl.estimator == "k1":
-            return self.ppo
-        return replace(self.ppo, kl_loss=self.kl.estimator)
+        return replace(self.ppo, kl_loss=self.kl.in_loss)
 
 
 def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path:

@@ -24,6 +24,7 @@ from bridle.language.roles import CriticSettings
 from bridle.language.sampler import SamplingSettings
 from bridle.language.scorers import RewardSettings
 from bridle.language.shaping import KLSettings, ShapingSettings
+from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.quickstart import rows
@@ -129,7 +130,8 @@ def ppo_config(config: QuickstartConfig) -> ppo.PPOConfig:
         prompts_per_step=64,
         sampling=SamplingSettings(max_new_tokens=rows.MAX_ANSWER),
         shaping=ShapingSettings(missing_eos_penalty=1.0),
-        kl=KLSettings(coefficient=0.15),
+        kl=KLSettings(where="reward", coefficient=0.15),
+        advantage=AdvantageSettings(gamma=1.0, lam=0.95),
         ppo=PPOSettings(epochs=2, minibatches=2),
         actor=OptimSettings(lr=5e-4, schedule="linear", min_lr_share=0.1),
         critic=CriticSettings(source="reward", warmup_steps=min(2, config.scale.ppo_steps - 1)),

@@ -220,7 +220,7 @@ def prepare(
         segments,
         budget=micro_batch_tokens,
         logp=kl.reads_samples and kl_coefficient != 0,
-        features=kl.where == "loss" and kl.estimator == "exact" and reference.fused,
+        features=kl.in_loss == "exact" and reference.fused,
     )
     clock.lap("reference")
     _require_finite(

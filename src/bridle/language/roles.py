@@ -43,9 +43,9 @@ __all__ = ["CriticSettings", "Roles", "check_critic", "open_roles"]
 class CriticSettings:
     """Where the critic comes from, and how long it learns alone."""
 
-    source: Literal["actor", "reward", "trunk"] = "actor"
-    """"actor": own backbone, copied from the actor; "reward": own backbone and head, copied from a reward model;
-    "trunk": a value head on the actor's trunk (half the memory, one forward)."""
+    source: Literal["actor", "reward", "trunk"] = "trunk"
+    """"trunk": a value head on the actor's trunk (half the memory, one forward); "actor": own backbone, copied from the
+    actor; "reward": own backbone and head, copied from a reward model."""
     reward_model: str | None = None
     """Folder of the reward model to start from, if source is "reward" and it is not the one that judges."""
     warmup_steps: int = 0

@@ -22,10 +22,11 @@ __all__ = ["KLSettings", "ShapingSettings", "score_rewards", "token_rewards"]
 class KLSettings:
     """The leash to the reference."""
 
-    where: Literal["reward", "loss", "none"] = "reward"
-    """"reward": −β k1 on every action; "loss": β KL beside the surrogate; "none": no leash."""
-    estimator: Literal["k1", "exact", "k2", "k3"] = "k1"
-    """"k1" in the reward; "exact", "k2" or "k3" in the loss (k1's gradient there is zero on average)."""
+    where: Literal["loss", "reward", "none"] = "loss"
+    """"loss": β KL beside the surrogate; "reward": −β k1 on every action, which the critic has to learn as well; "none": no
+    leash."""
+    estimator: Literal["k1", "exact", "k2", "k3"] | None = None
+    """"k1" in the reward; "exact", "k2" or "k3" in the loss (k1's gradient there is zero on average); None: k1 or exact."""
     coefficient: float = 0.05
     """β at the start, units of reward per nat."""
     target: float | None = None
@@ -38,7 +39,7 @@ class KLSettings:
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work."""
-        if self.where == "reward" and self.estimator != "k1":
+        if self.where == "reward" and self.estimator not in ("k1", None):
             raise ConfigError.of("kl.estimator", self.estimator, '"k1" with kl.where="reward"', "set kl.where loss")
         if self.where == "loss" and self.estimator == "k1":
             remedy = "its gradient is zero on average; set kl.estimator exact"
@@ -53,9 +54,16 @@ class KLSettings:
             raise ConfigError.of("kl.horizon", self.horizon, "a number of answers >= 1")
 
     @property
+    def in_loss(self) -> Literal["none", "exact", "k2", "k3"]:
+        """What stands beside the surrogate; nothing where it would be multiplied by zero."""
+        if self.where != "loss" or self.estimator == "k1" or self.coefficient == 0:
+            return "none"
+        return self.estimator or "exact"
+
+    @property
     def reads_samples(self) -> bool:
         """Whether the leash reads the reference's log-probability of every action."""
-        return self.where == "reward" or (self.where == "loss" and self.estimator in ("k2", "k3"))
+        return self.where == "reward" or self.in_loss in ("k2", "k3")
 
     def controller(self) -> AdaptiveCoefficient | None:
         """The adaptive coefficient at its start; None if it is fixed."""
