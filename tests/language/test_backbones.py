@@ -155,6 +155,8 @@ def tripled(backbone: nn.Module) -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a hook on the whole": lambda backbone: tripled(backbone),
     "a hook on the norm": lambda backbone: doubled(backbone.norm),
+    "a hook inside a layer": lambda backbone: doubled(backbone.layers[1].mlp.up_proj),
+    "a norm of one number": lambda backbone: setattr(backbone.norm, "weight", nn.Parameter(torch.tensor([1.5]))),
     "a hook on a layer": lambda backbone: doubled(backbone.layers[1]),
     "the norm's ε": lambda backbone: setattr(backbone.norm, "variance_epsilon", 0.5),
     "another norm": lambda backbone: setattr(backbone, "norm", nn.LayerNorm(32)),
@@ -207,6 +209,61 @@ def test_a_window_longer_than_the_trial_is_seen() -> None:
     own = quick("mistral", sliding_window=20)[1]
     assert backbones._KNOWN not in own.base_model.__dict__
     assert backbones._KNOWN in quick("mistral", sliding_window=None)[1].base_model.__dict__
+
+
+SEEN = SimpleNamespace(num_hidden_layers=2, layer_types=["full_attention"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "layers"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 2),
+        ({"layer_types": ["chunked_attention"] * 2}, 2),
+        ({"sliding_window": 4096}, 2),
+        ({"attention_chunk_size": 8192}, 2),
+        ({}, 3),
+        ({"num_hidden_layers": 0, "layer_types": []}, 0),
+    ],
+)
+def test_only_what_sees_each_text_in_full_is_joined(changed: dict[str, Any], layers: int) -> None:
+    assert backbones._asks_all(SEEN, 2)
+    assert not backbones._asks_all(SimpleNamespace(**{**vars(SEEN), **changed}), layers)
+
+
+@pytest.mark.parametrize("more", ["a part", "a bias"])
+def test_a_backbone_of_more_parts_is_not_joined(more: str) -> None:
+    """In a trial they do nothing: they may later."""
+    backbone = quick("llama")[1].base_model
+    backbone.__dict__.pop(backbones._KNOWN)
+    if more == "a part":
+        backbone.more = nn.Linear(32, 32)
+    else:
+        backbone.norm.bias = nn.Parameter(torch.zeros(32))
+    assert backbones._KNOWN not in join_layers(backbone).__dict__
+
+
+def test_what_is_made_lies_where_the_tokens_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where PyTorch would put it by default."""
+    backbone = quick("llama")[1].base_model
+    seen = joined(monkeypatch)
+    with torch.no_grad():
+        expected = hidden_at(backbone, IDS, ROWS, COLUMNS)
+        with torch.device("meta"):
+            assert torch.equal(hidden_at(backbone, IDS, ROWS, COLUMNS), expected)
+    assert seen == [2, 2]
+
+
+def test_slopes_may_lie_anyhow() -> None:
+    """A sum's slopes are one number for all, without a place of its own for each."""
+    shapes, (x, cosine, sine), weights = stack((3, 5, 16, 4, 2, 8, 24, True), torch.float32)
+    held, places = [x, *(w for own in weights for w in own if w is not None)], torch.tensor([0, 14, 6])
+    for t in held:
+        t.requires_grad_()
+    found = []
+    for slopes in (lambda y: torch.ones(()).expand(y.shape), torch.ones_like):
+        y, normed = decoder_stack(shapes, x, cosine, sine, weights), norm_at(x, places, weights[0][0], 1e-5)
+        found.append([*torch.autograd.grad(y, held, slopes(y)), *torch.autograd.grad(normed, held[:2], slopes(normed))])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_backbone_that_does_more_is_not_joined() -> None:

@@ -210,9 +210,14 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
     with torch.no_grad():
         model.score.weight[0, 0] = math.nan
     before = model.model.embed_tokens.weight.clone()
-    with pytest.raises(NonFiniteStep):
+    with pytest.raises(NonFiniteStep, match="the loss"):
         train_step(model, pairs(2), sgd_like(model), LossSettings())
     assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_a_text_without_a_token_has_no_score() -> None:
+    with pytest.raises(ValueError, match="a sequence is empty"):
+        sequence_scores(reward_model(), [torch.tensor([3, 4]), torch.zeros(0, dtype=torch.int64)])
 
 
 def test_every_epoch_sees_every_comparison_once_in_its_own_order() -> None:
