@@ -94,12 +94,13 @@ PARTS = {
 
 
 def answer_of(program: list[str], python: str, load: Workload, cores: set[int]) -> dict[str, Any]:
-    """Run one measurement in a process of its own."""
+    """Run one measurement in a process of its own, which finds what this one finds."""
+    where = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [python, *program[:1], load.text(), *program[1:]],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(load.threads), "PYTHONPATH": str(HERE)},
+        env={**os.environ, "OMP_NUM_THREADS": str(load.threads), "PYTHONPATH": os.pathsep.join(where)},
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
         check=False,
     )
@@ -129,7 +130,7 @@ def measure(
             reached = "" if found["reached_seconds"] is None else f", reached after {found['reached_seconds']:.2f} s"
             print(f"{name} {side} {seed}: {rate:,.0f} steps/s ({cpu:,.0f} per CPU second){reached}", flush=True)
     program = [str(HERE / "control_speed_limits.py"), *(["--short"] if short else [])]
-    limits = answer_of(program, sys.executable, part.load, allowed)
+    limits = answer_of(program, pythons["bridle"], part.load, allowed)
     return {
         "workload": json.loads(part.load.text()),
         "sides": {side: summary(found) for side, found in answers.items()},

@@ -14,7 +14,7 @@ from typing import Any  # noqa: E402
 
 from peers.workload import Watch, Workload, tell  # noqa: E402
 
-from bridle.control import EvaluationSettings, NetworkSettings, WorldSettings  # noqa: E402
+from bridle.control import EvaluationSettings, NetworkSettings, WorldSettings, compiled, convolutions  # noqa: E402
 from bridle.jobs import control  # noqa: E402
 from bridle.jobs.control import ControlConfig, run  # noqa: E402
 from bridle.jobs.session import RunSettings  # noqa: E402
@@ -87,6 +87,7 @@ def main() -> None:
         answer["return_of_last_100"] = rows[-1]["return_of_last_100"] if rows[-1]["episodes"] else None
         answer["steps"] = rows[-1]["actions"]
         answer["form"] = "sync" if sync else "auto"
+        answer["compiled"] = compiled.library is not None and convolutions.library is not None
     tell(answer)
 
 
