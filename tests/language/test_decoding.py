@@ -64,14 +64,13 @@ def embedded(width: int) -> list[Tensor]:
 
 def written(stack: Stack, given: Sequence[Tensor], rows: Sequence[int], places: Sequence[int]) -> Tensor:
     """The states of texts ``rows`` at their prompts' ends and after, written together in slots ``places``: [text, token, W]."""
-    texts, sizes = Texts(stack, len(places)), np.array([LENGTHS[row] for row in rows])
-    order = np.argsort(places)
-    ends = stack.read(torch.cat([given[row][: LENGTHS[row]] for row in rows]).float(), texts, places, sizes.tolist())
+    texts, sizes, order = Texts(stack, len(places)), [LENGTHS[row] for row in rows], np.argsort(places)
+    ends = stack.read(torch.cat([given[row][: LENGTHS[row]] for row in rows]).float(), texts, places, sizes)
     found = [ends]
     for t in range(AFTER):
-        x = torch.stack([given[rows[i]][LENGTHS[rows[i]] + t] for i in order]).float()
+        x = torch.stack([given[rows[i]][sizes[i] + t] for i in order]).float()
         after = torch.empty_like(ends)
-        after[torch.from_numpy(order)] = stack.step(x, texts, sizes[order] + t)
+        after[torch.from_numpy(order)] = stack.step(x, texts)
         found.append(after)
     return torch.stack(found, dim=1)
 
@@ -102,26 +101,30 @@ def test_a_text_is_the_same_to_the_bit_beside_any_others(
     assert torch.equal(together, torch.stack(alone * 15))
 
 
-def test_texts_are_copied_and_change_places() -> None:
-    """Of a prompt of 17 tokens, copies that go other ways; then the last text goes where the first was, and goes on."""
+def test_texts_share_a_prompt_and_change_places() -> None:
+    """Three ways on from a prompt of 17 tokens; the last text comes to stand first, where the next one is given to it alone."""
     size = SIZES[2]
-    (stack, whole), x, texts = stack_of(size), draw(17, size[0], seed=1), Texts(stack_of(size)[0], 3)
-    ways = [draw(2, size[0], seed=at) for at in range(2, 5)]
-    stack.read(x.float(), texts, [0], [17])
-    texts.copy(0, [1, 2], 17)
-    first = stack.step(torch.stack([way[0] for way in ways]).float(), texts, np.full(3, 17))
-    texts.move([2], [0])
-    second = stack.step(ways[2][1:].float(), texts, np.array([18]))
-    for way, found in zip(ways, first, strict=True):
-        exact = whole(torch.cat([x, way])[None])[0]
-        assert (found - exact[17]).abs().max() <= 1e-5 * exact.abs().max()
-    assert (second[0] - exact[18]).abs().max() <= 1e-5 * exact.abs().max()
+    (stack, whole), x = stack_of(size), draw(17, size[0], seed=1)
+    ways, texts = [draw(40, size[0], seed=at) for at in range(2, 5)], Texts(stack, 4)
+    stack.read(draw(60, size[0], seed=9).float(), texts, [3, 2], [40, 20])  # who was there before
+    stack.read(x.float(), texts, [1], [17])
+    texts.share(1, [0, 2])
+    found = [stack.step(torch.stack([way[t] for way in ways]).float(), texts) for t in range(39)]
+    texts.order([2, 1, 3, 0])
+    last = stack.step(ways[2][39:].float(), texts)
+    for at, way in enumerate(ways):
+        exact = whole(torch.cat([x, way])[None])[0, 17:]
+        assert (torch.stack([one[at] for one in found]) - exact[:39]).abs().max() <= 1e-5 * exact.abs().max()
+    assert (last[0] - exact[39]).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_places_that_are_not_known_are_refused() -> None:
     stack, _ = stack_of(SIZES[1])
+    texts = Texts(stack, 1)
+    stack.read(torch.zeros(310, 8), texts, [0], [310])
+    stack.step(torch.zeros(1, 8), texts)
     with pytest.raises(ValueError, match="a text of 311 tokens is followed, and places are known for 311"):
-        stack.step(torch.zeros(1, 8), Texts(stack, 1), np.array([311]))
+        stack.step(torch.zeros(1, 8), texts)
 
 
 def choice(vocabulary: int, width: int = 8, *, biased: bool = True, **changes: float) -> tuple[Choice, Any]:

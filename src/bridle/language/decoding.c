@@ -1,11 +1,11 @@
 /* Writing texts with a stack of decoder layers, on a CPU in float32: prompts are read (stack_read), each text is given one token
    more (stack_step), and tokens are drawn from what softmax(by (h W^T + b)) says (choose).
 
-   A text keeps its keys and values in a block of its own: of each layer and key head the keys, [capacity / 8][head][8], so that
-   eight tokens' scores are summed side by side and a text is one stretch of memory, then the values, [capacity][head]. Weights are
-   packed once for many calls. What is computed for a text does not depend on the others, to the bit. Numbers lie row by row.
-   Nothing is allocated here. What a block holds after its text may be anything. Not-a-number and infinities of a text go through
-   to its answers. */
+   Keys and values of a prompt lie in one block, which the texts that begin with it share, and those of what follows in another, the
+   text's own: of each layer and key head the keys, [capacity / 8][head][8], so that eight tokens' scores are summed side by side and
+   tokens are one stretch of memory, and the values, [capacity][head]. Weights are packed once for many calls. What is computed for a
+   text does not depend on the others, to the bit. Numbers lie row by row. Nothing is allocated here. What a block holds after its
+   tokens may be anything. Not-a-number and infinities of a text go through to its answers. */
 
 #include <math.h>
 #include <stdint.h>
@@ -37,6 +37,10 @@ typedef struct {
 typedef struct {
   float *held;              /* keys and values of all layers */
   int64_t capacity, length; /* tokens there is room for, a multiple of 8; tokens there are */
+} cache;
+
+typedef struct {
+  cache prompt, own; /* the prompt's may be empty */
 } text;
 
 /* The checksum of this file and of its headers, as who compiled it says. */
@@ -74,13 +78,13 @@ EXPORT int64_t stack_work(const stack *s, int64_t longest) {
 
 /* ---- keys and values that are held */
 
-INLINE float *keys_of(const layer *l, const text *t, int64_t at, int64_t head) {
+INLINE float *keys_of(const layer *l, const cache *t, int64_t at, int64_t head) {
   return t->held + (at * 2 * l->key_heads + head) * t->capacity * l->head;
 }
-INLINE float *values_of(const layer *l, const text *t, int64_t at, int64_t head) { return keys_of(l, t, at, l->key_heads + head); }
+INLINE float *values_of(const layer *l, const cache *t, int64_t at, int64_t head) { return keys_of(l, t, at, l->key_heads + head); }
 
 /* Put the keys and values of `count` tokens, `stride` apart, from `place` on; of layer number `at`. */
-static void hold(const layer *l, const text *t, int64_t at, int64_t place, int64_t count, const float *keys, int64_t stride) {
+static void hold(const layer *l, const cache *t, int64_t at, int64_t place, int64_t count, const float *keys, int64_t stride) {
   const int64_t head = l->head, apart = l->key_heads * head;
   for (int64_t h = 0; h < l->key_heads; h++, keys += head) {
     float *to = keys_of(l, t, at, h), *values = values_of(l, t, at, h) + place * head;
@@ -93,9 +97,9 @@ static void hold(const layer *l, const text *t, int64_t at, int64_t place, int64
   }
 }
 
-/* Copy the first `length` tokens that `from` holds. */
-EXPORT void text_copy(const stack *s, const text *from, const text *to, int64_t length) {
-  const int64_t whole = even(length);
+/* Copy what `from` holds. */
+EXPORT void cache_copy(const stack *s, const cache *from, const cache *to) {
+  const int64_t length = from->length, whole = even(length);
   for (int64_t i = 0; i < s->layers; i++) {
     const layer *l = s->layer + i;
     for (int64_t h = 0; h < l->key_heads; h++) {
@@ -125,9 +129,9 @@ INLINE float scores_of(const int64_t head, int64_t count, const float *q, const 
   return found;
 }
 
-/* read[8 wide] = by sum over j of w[j] values[j], `deep` of them summed apart. */
+/* read[8 wide] = by (sum over j of w[j] values[j], and what is there if `add`), `deep` of them summed apart. */
 INLINE void gather_some(const int wide, const int deep, int64_t count, float by, const float *w, const float *values, int64_t head,
-                        float *read) {
+                        float *read, const int add) {
   vec sum[4][8];
   for (int i = 0; i < deep; i++)
     for (int d = 0; d < wide; d++) sum[i][d] = (vec){0};
@@ -139,45 +143,61 @@ INLINE void gather_some(const int wide, const int deep, int64_t count, float by,
     for (int d = 0; d < wide; d++) sum[0][d] += w[j] * *(const vec *)(values + 8 * d);
   for (int i = 1; i < deep; i++)
     for (int d = 0; d < wide; d++) sum[0][d] += sum[i][d];
-  for (int d = 0; d < wide; d++) *(vec *)(read + 8 * d) = sum[0][d] * by;
+  for (int d = 0; d < wide; d++) {
+    vec *to = (vec *)(read + 8 * d);
+    if (add) sum[0][d] += *to;
+    *to = sum[0][d] * by;
+  }
 }
 
 #define WIDE(n, deep) \
-  case n: gather_some(n, deep, count, by, w, values, head, read); break
+  case n: gather_some(n, deep, count, by, w, values + d, head, read + d, add); break
 
-/* What the queries of `group` heads side by side read of `count` keys and values; `w` holds `count` numbers and eight more. */
-CLONES static void recall(int64_t group, int64_t head, int64_t count, float scale, const float *q, const float *keys,
-                          const float *values, float *read, float *w) {
+INLINE void gather_all(int64_t head, int64_t count, float by, const float *w, const float *values, float *read, const int add) {
+  for (int64_t d = 0; d < head; d += 64) switch (least(64, head - d) / 8) {
+      WIDE(1, 4);
+      WIDE(2, 4);
+      WIDE(3, 2);
+      WIDE(4, 2);
+      WIDE(5, 2);
+      WIDE(6, 1);
+      WIDE(7, 1);
+      WIDE(8, 1);
+    }
+}
+
+/* Some tokens' keys and values of one head. */
+typedef struct {
+  const float *keys, *values;
+  int64_t count;
+} span;
+
+INLINE float scores_in(const int64_t head, span prompt, span own, const float *q, float *w) {
+  const float one = scores_of(head, prompt.count, q, prompt.keys, w), other = scores_of(head, own.count, q, own.keys, w + even(prompt.count));
+  return one > other ? one : other;
+}
+
+/* What the queries of `group` heads side by side read of a prompt and of what follows; `w` holds a number for each token, and
+   fifteen more. */
+CLONES static void recall(int64_t group, int64_t head, span prompt, span own, float scale, const float *q, float *read, float *w) {
+  const int64_t begin = even(prompt.count), all = begin + own.count;
   for (int64_t h = 0; h < group; h++, q += head, read += head) {
-    const float largest = head == 8 ? scores_of(8, count, q, keys, w) : scores_of(head, count, q, keys, w);
+    const float largest = head == 8 ? scores_in(8, prompt, own, q, w) : scores_in(head, prompt, own, q, w);
     vec sums = {0};
-    for (int64_t j = 0; j < count; j += 8) {
+    for (int64_t j = 0; j < all; j += 8) {
       const vec one = two_to((*(vec *)(w + j) - largest) * (scale * LOG2_E));
       *(vec *)(w + j) = one;
       sums += one;
     }
-    const float by = 1.0f / sum_of(sums);
-    const float *all = values;
-    float *whole = read;
-    for (int64_t d = 0; d < head; d += 64, values += 64, read += 64)
-      switch (least(64, head - d) / 8) {
-        WIDE(1, 4);
-        WIDE(2, 4);
-        WIDE(3, 2);
-        WIDE(4, 2);
-        WIDE(5, 2);
-        WIDE(6, 1);
-        WIDE(7, 1);
-        WIDE(8, 1);
-      }
-    values = all, read = whole;
+    gather_all(head, prompt.count, 1.0f, w, prompt.values, read, 0);
+    gather_all(head, own.count, 1.0f / sum_of(sums), w + begin, own.values, read, 1);
   }
 }
 
 /* ---- one token more in each of some texts */
 
-/* Through all layers: x [rows, width] holds the embeddings of texts' new tokens, which go behind their `length` tokens; y gets
-   the last states. x is written over. */
+/* Through all layers: x [rows, width] holds the embeddings of texts' new tokens, which go behind what is their own; y gets the
+   last states. x is written over. */
 EXPORT void stack_step(const stack *s, int64_t rows, const text *texts, float *x, float *y, float *work) {
   const int64_t tiles = (rows + ROWS - 1) / ROWS, width = s->layer->width;
   float *packed = s->packed;
@@ -195,11 +215,14 @@ EXPORT void stack_step(const stack *s, int64_t rows, const text *texts, float *x
       for (int64_t r = 0; r < some; r++) {
         const text *t = texts + first + r;
         float *own = qkv + r * stride;
-        turn_forth(1, l->heads + l->key_heads, head, s->cosine + t->length * head, s->sine + t->length * head, own, stride);
-        hold(l, t, at, t->length, 1, own + queries, stride);
-        for (int64_t i = 0; i < l->key_heads; i++)
-          recall(group, head, t->length + 1, l->scale, own + i * group * head, keys_of(l, t, at, i), values_of(l, t, at, i),
-                 read + r * queries + i * group * head, room);
+        const int64_t place = (t->prompt.length + t->own.length) * head;
+        turn_forth(1, l->heads + l->key_heads, head, s->cosine + place, s->sine + place, own, stride);
+        hold(l, &t->own, at, t->own.length, 1, own + queries, stride);
+        for (int64_t i = 0; i < l->key_heads; i++) {
+          const span prompt = {keys_of(l, &t->prompt, at, i), values_of(l, &t->prompt, at, i), t->prompt.length};
+          const span written = {keys_of(l, &t->own, at, i), values_of(l, &t->own, at, i), t->own.length + 1};
+          recall(group, head, prompt, written, l->scale, own + i * group * head, read + r * queries + i * group * head, room);
+        }
       }
       finish(l, &p, some, x + first * width, read, h, gate_up, x + first * width);
     }
@@ -211,16 +234,16 @@ EXPORT void stack_step(const stack *s, int64_t rows, const text *texts, float *x
 
 /* A layer of the tokens of `count` texts, laid end to end in x; of the last layer, those of the texts' last tokens alone, which
    are put first. */
-static void read_layer(const stack *s, int64_t at, const panels *p, int64_t count, const text *texts, int64_t tokens, float *x,
+static void read_layer(const stack *s, int64_t at, const panels *p, int64_t count, const cache *texts, int64_t all, float *x,
                        float *room) {
   const layer *l = s->layer + at;
   const int64_t head = l->head, width = l->width, queries = l->heads * head, keys = l->key_heads * head, stride = queries + 2 * keys;
   const int64_t group = l->heads / l->key_heads, last = at + 1 == s->layers;
-  float *qkv = take(&room, tokens * stride), *read = take(&room, tokens * queries), *h = take(&room, TILE * width);
+  float *qkv = take(&room, all * stride), *read = take(&room, all * queries), *h = take(&room, TILE * width);
   float *gate_up = take(&room, TILE * 2 * even(l->hidden));
-  for (int64_t i = 0; i < tokens; i += TILE) project(l, p, least(TILE, tokens - i), x + i * width, qkv + i * stride);
+  for (int64_t i = 0; i < all; i += TILE) project(l, p, least(TILE, all - i), x + i * width, qkv + i * stride);
   int64_t first = 0;
-  for (const text *t = texts; t < texts + count; first += t->length, t++) {
+  for (const cache *t = texts; t < texts + count; first += t->length, t++) {
     float *own = qkv + first * stride, *sums = room;
     turn_forth(t->length, l->heads + l->key_heads, head, s->cosine, s->sine, own, stride);
     hold(l, t, at, 0, t->length, own + queries, stride);
@@ -235,27 +258,27 @@ static void read_layer(const stack *s, int64_t at, const panels *p, int64_t coun
       memmove(x + (t - texts) * width, x + end * width, sizeof(float) * width);
     }
   }
-  const int64_t rest = last ? count : tokens;
+  const int64_t rest = last ? count : all;
   for (int64_t i = 0; i < rest; i += TILE)
     finish(l, p, least(TILE, rest - i), x + i * width, read + i * queries, h, gate_up, x + i * width);
 }
 
 /* Through all layers: x holds the embeddings of the tokens of `count` prompts, laid end to end, of `length` tokens each, which
    are held from now on; y [count, width] gets the last state of each. x is written over. */
-EXPORT void stack_read(const stack *s, int64_t count, const text *texts, float *x, float *y, float *work) {
+EXPORT void stack_read(const stack *s, int64_t count, const cache *texts, float *x, float *y, float *work) {
   const int64_t width = s->layer->width;
   while (count) {
-    int64_t some = 0, tokens = 0;
-    while (some < count && (!some || tokens + texts[some].length <= READ)) tokens += texts[some++].length;
+    int64_t some = 0, all = 0;
+    while (some < count && (!some || all + texts[some].length <= READ)) all += texts[some++].length;
     float *packed = s->packed;
     for (int64_t at = 0; at < s->layers; at++) {
       float *room = work;
       panels p = lay_out(s->layer + at, &packed);
       p.n = take(&room, TILE * width), p.act = take(&room, TILE * even(s->layer[at].hidden));
-      read_layer(s, at, &p, some, texts, tokens, x, room);
+      read_layer(s, at, &p, some, texts, all, x, room);
     }
     norm(some, width, s->eps, x, s->norm, y);
-    count -= some, texts += some, x += tokens * width, y += some * width;
+    count -= some, texts += some, x += all * width, y += some * width;
   }
 }
 

@@ -1,9 +1,10 @@
 """Writing texts with decoder layers of the usual kind, compiled, on a CPU in float32, by ``decoding.c``.
 
 A step of a small model takes a thousand operations of PyTorch's, or five calls a layer's worth of Python; here it is one call.
-Weights are packed once for as many steps as they stay the same. Each text keeps its keys and values in a block of its own,
-which grows with it, so that nothing is read in vain and an ended text leaves its block to the next. What is computed
-for a text does not depend on the others, to the bit, nor on the number of threads, among which the texts are shared out.
+Weights are packed once for as many steps as they stay the same. Texts that begin with one prompt share its keys and values, and
+these are near when the next of them is looked at; what follows is in a block of each text's own, which grows with it, so that
+nothing is read in vain. What is computed for a text does not depend on the others, to the bit, nor on the number of threads,
+among which the texts are shared out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ __all__ = ["Choice", "Stack", "Texts", "library", "load"]
 
 _ALONE = 8
 """Texts that a thread is not started for."""
+_MORE = 32
+"""Tokens that a text's own block is first for; a multiple of 8."""
 
 
 class _Stack(ctypes.Structure):
@@ -63,7 +66,7 @@ def load(place: Path) -> Any:
         "stack_numbers": (count, [stack]),
         "stack_pack": (None, [stack]),
         "stack_work": (count, [stack, count]),
-        "text_copy": (None, [stack, at, at, count]),
+        "cache_copy": (None, [stack, at, at]),
         "stack_step": (None, [stack, count, at, at, at, at]),
         "stack_read": (None, [stack, count, at, at, at, at]),
         "choice_numbers": (count, [choice]),
@@ -113,34 +116,31 @@ class Stack:
         self._work: list[Tensor] = []
         self._longest = 0
 
-    def step(
-        self, x: Float[Tensor, "n W"], texts: Texts, lengths: Int[NDArray[np.int64], " n"]
-    ) -> Float[Tensor, "n W"]:
-        """Put one token behind the ``lengths[i]`` ≥ 0 tokens of each of texts 0 … n−1; return their last states.
+    def step(self, x: Float[Tensor, "n W"], texts: Texts) -> Float[Tensor, "n W"]:
+        """Put one token behind each of texts 0 … n−1; return their last states.
 
-        x holds their embeddings and is written over.
+        x holds the tokens' embeddings and is written over.
         """
-        rows = texts.rows(range(len(x)), lengths, lengths + 1)
+        rows = texts.longer(len(x))
         parts = shares(len(x), max(1, min(torch.get_num_threads(), len(x) // _ALONE)))
-        firsts = [part.start for part in parts]
-        return self._run(library.stack_step, x, rows, parts, firsts)
+        y = self._run(library.stack_step, x, rows, parts, [part.start for part in parts])
+        rows[:, _BLOCK + _LENGTH] += 1
+        return y
 
     def read(
         self, x: Float[Tensor, "t W"], texts: Texts, which: Sequence[int], lengths: Sequence[int]
     ) -> Float[Tensor, "m W"]:
-        """Read prompts of ``lengths[i]`` ≥ 1 tokens, laid end to end, into texts ``which[i]``; return their last states.
+        """Begin texts ``which[i]`` with prompts of ``lengths[i]`` ≥ 1 tokens, laid end to end; return their last states.
 
         x holds their embeddings and is written over.
         """
-        sizes = np.asarray(lengths)
-        rows = texts.rows(which, sizes, sizes)
+        rows = texts.begin(which, lengths)
         parts = shares(len(rows), torch.get_num_threads())
-        firsts = [int(sizes[: part.start].sum()) for part in parts]
-        return self._run(library.stack_read, x, rows, parts, firsts)
+        return self._run(library.stack_read, x, rows, parts, [sum(lengths[: part.start]) for part in parts])
 
-    def copy(self, source: NDArray[np.int64], target: NDArray[np.int64], length: int) -> None:
-        """Copy the first ``length`` tokens from one row of a table of texts to another."""
-        library.text_copy(self._stack, source.ctypes.data, target.ctypes.data, length)
+    def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        """Copy what one block of tokens holds to another."""
+        library.cache_copy(self._stack, source.ctypes.data, target.ctypes.data)
 
     def _run(
         self,
@@ -151,21 +151,27 @@ class Stack:
         firsts: Sequence[int],
     ) -> Tensor:
         """Call for each part of the texts, whose embeddings begin at ``firsts``."""
-        longest = int(rows[:, 2].max()) + 1
+        longest = int(rows[:, _LENGTH::_BLOCK].sum(1).max()) + 1
         if longest > self.places:
             raise ValueError(f"a text of {longest - 1} tokens is followed, and places are known for {self.places}")
         if longest > self._longest or len(parts) > len(self._work):
             self._longest = max(longest + longest // 2, self._longest)
             self._work = [_numbers(library.stack_work(self._stack, self._longest)) for _ in parts]
         y = x.new_empty(len(rows), x.shape[1])
+        width, places = 4 * x.shape[1], (rows.ctypes.data, x.data_ptr(), y.data_ptr())
 
         def one(number: int) -> None:
-            part = parts[number]
-            at, own = rows.ctypes.data + part.start * rows.strides[0], x.data_ptr() + 4 * x.shape[1] * firsts[number]
-            call(self._stack, len(part), at, own, y[part.start :].data_ptr(), self._work[number].data_ptr())
+            start, first = parts[number].start, firsts[number]
+            own = (places[0] + start * rows.strides[0], places[1] + first * width, places[2] + start * width)
+            call(self._stack, len(parts[number]), *own, self._work[number].data_ptr())
 
         for_each(len(parts), one)
         return y
+
+
+_BLOCK = 3
+_LENGTH = 2
+"""What says where tokens are held: the address, the tokens there is room for, the tokens there are."""
 
 
 class Texts:
@@ -173,41 +179,49 @@ class Texts:
 
     def __init__(self, stack: Stack, count: int) -> None:
         self._stack = stack
-        self._blocks: list[Tensor | None] = [None] * count
-        # where a text's block is, tokens it has room for, tokens it holds
-        self._table = np.zeros((count, 3), dtype=np.int64)
+        self._prompts: list[Tensor | None] = [None] * count
+        self._own: list[Tensor | None] = [None] * count
+        # the prompt's block, then the text's own
+        self._table = np.zeros((count, 2 * _BLOCK), dtype=np.int64)
 
-    def rows(self, which: Sequence[int], holding: NDArray[np.int64], needed: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Describe texts that hold so many tokens, with room for as many as are needed; it holds until the next call."""
-        slots = np.asarray(which)
-        for i in np.nonzero(self._table[slots, 1] < needed)[0]:
-            self._grow(int(slots[i]), int(holding[i]), int(needed[i]))
-        self._table[slots, 2] = holding
-        found: NDArray[np.int64] = self._table[slots]
+    def begin(self, which: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
+        """Let texts begin with prompts of so many tokens, which are not held yet; return their blocks."""
+        for slot, length in zip(which, lengths, strict=True):
+            capacity = -(-length // 8) * 8
+            self._prompts[slot] = block = _numbers(capacity * self._stack.numbers)
+            self._table[slot, :_BLOCK] = block.data_ptr(), capacity, length
+            self._table[slot, _BLOCK + _LENGTH] = 0
+        found: NDArray[np.int64] = self._table[list(which), :_BLOCK]
         return found
 
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Copy the first ``length`` tokens of a text into others."""
-        sizes = np.full(len(targets), length)
-        rows = self.rows(targets, 0 * sizes, sizes + 1)
-        for row in rows:
-            self._stack.copy(self._table[source], row, length)
+    def share(self, source: int, targets: Sequence[int]) -> None:
+        """Let texts begin with the prompt of another one."""
+        for slot in targets:
+            self._prompts[slot] = self._prompts[source]
+            self._table[slot, :_BLOCK] = self._table[source, :_BLOCK]
+            self._table[slot, _BLOCK + _LENGTH] = 0
 
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Let texts change places, source by source with its target."""
-        for source, target in zip(sources, targets, strict=True):
-            self._table[[source, target]] = self._table[[target, source]]
-            self._blocks[source], self._blocks[target] = self._blocks[target], self._blocks[source]
+    def order(self, slots: Sequence[int]) -> None:
+        """Put texts in the order of ``slots``, each of which is named once."""
+        self._table = self._table[list(slots)]
+        self._prompts, self._own = ([held[slot] for slot in slots] for held in (self._prompts, self._own))
 
-    def _grow(self, which: int, holding: int, needed: int) -> None:
-        """Take a larger block, half as large again as is needed, and keep what the text holds."""
-        capacity = -(-(needed + needed // 2) // 8) * 8
+    def longer(self, count: int) -> NDArray[np.int64]:
+        """Make room for one token more in each of texts 0 … ``count`` − 1; return what says where they are, to be kept up."""
+        rows: NDArray[np.int64] = self._table[:count]
+        for slot in np.nonzero(rows[:, _BLOCK + _LENGTH] >= rows[:, _BLOCK + _LENGTH - 1])[0]:
+            self._grow(int(slot))
+        return rows
+
+    def _grow(self, slot: int) -> None:
+        """Take a larger block, half as large again and a little more, and keep what the text holds."""
+        row = self._table[slot, _BLOCK:]
+        capacity = int(row[1]) * 3 // 2 // 8 * 8 + _MORE
         block = _numbers(capacity * self._stack.numbers)
-        row = np.array([block.data_ptr(), capacity, holding])
-        kept = min(holding, int(self._table[which, 1]))
-        if kept:
-            self._stack.copy(self._table[which], row, kept)
-        self._table[which], self._blocks[which] = row, block
+        larger = np.array([block.data_ptr(), capacity, row[_LENGTH]])
+        if row[_LENGTH]:
+            self._stack.copy(row, larger)
+        self._own[slot], self._table[slot, _BLOCK:] = block, larger
 
 
 class Choice:

@@ -203,7 +203,7 @@ class _Work:
         source = slots[0] if start.donor is None else start.donor
         targets = [slot for slot in slots if slot != source]
         if targets:
-            self._reader.copy(source, targets, length)
+            self._reader.share(source, targets, length)
         self._answer = np.concatenate([self._answer, [start.group.waiting.pop() for _ in slots]])
         self._group += [start.group] * len(slots)
         self._length = np.concatenate([self._length, np.full(len(slots), length)])
@@ -226,15 +226,8 @@ class _Work:
             self._drawn.stops |= ended
 
     def _release(self, slots: Sequence[int]) -> None:
-        """Let go of ``slots``, and move the last ones into the gaps, so that slots in use come first."""
-        staying = len(self._answer) - len(slots)
-        leaving = set(slots)
-        gaps = [slot for slot in slots if slot < staying]
-        movers = [slot for slot in range(staying, len(self._answer)) if slot not in leaving]
-        order = np.arange(staying)
-        order[gaps] = movers
-        if movers:
-            self._reader.move(movers, gaps, int(self._length[movers].max()))
+        """Let go of ``slots``, and close up, so that slots in use come first."""
+        order = self._reader.release(slots, self._length)
         self._group = [self._group[slot] for slot in order]
         self._answer, self._length, self._written = (x[order] for x in (self._answer, self._length, self._written))
         self._token = self._token[torch.from_numpy(order).to(self._token.device)]

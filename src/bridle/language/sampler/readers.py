@@ -40,12 +40,12 @@ class Reader(Protocol):
         """
         ...
 
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Copy the first ``length`` tokens of a slot into others."""
+    def share(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Let texts begin with the prompt of the one in slot ``source``, its first ``length`` tokens."""
         ...
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Let slots, of ``length`` tokens at most, move to where ended answers were, source by source with its target."""
+    def release(self, slots: Sequence[int], lengths: Int[NDArray[np.int64], " n"]) -> NDArray[np.int64]:
+        """Let go of some of the n texts in use, of such lengths; return [m] the slots from which those that stay come."""
         ...
 
 
@@ -55,7 +55,7 @@ class CompiledReader:
     device = torch.device("cpu")
 
     def __init__(self, stack: Stack, embed: Callable[[Tensor], Tensor], rows: int) -> None:
-        self._stack, self._embed, self._texts = stack, embed, Texts(stack, rows)
+        self._stack, self._embed, self._texts, self._rows = stack, embed, Texts(stack, rows), rows
 
     def read(
         self,
@@ -64,7 +64,7 @@ class CompiledReader:
         prompts: Sequence[tuple[int, NDArray[np.int64]]],
     ) -> States:
         """See :class:`Reader`."""
-        parts = [self._stack.step(self._embed(tokens), self._texts, lengths)] if len(tokens) else []
+        parts = [self._stack.step(self._embed(tokens), self._texts)] if len(tokens) else []
         if prompts:
             ids = torch.from_numpy(np.concatenate([ids for _, ids in prompts]))
             slots, sizes = [slot for slot, _ in prompts], [len(ids) for _, ids in prompts]
@@ -72,13 +72,15 @@ class CompiledReader:
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         return States(hidden=hidden, features=hidden)
 
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+    def share(self, source: int, targets: Sequence[int], length: int) -> None:
         """See :class:`Reader`."""
-        self._texts.copy(source, targets, length)
+        self._texts.share(source, targets)
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """See :class:`Reader`."""
-        self._texts.move(sources, targets)
+    def release(self, slots: Sequence[int], lengths: Int[NDArray[np.int64], " n"]) -> NDArray[np.int64]:
+        """Let those that stay close up, so that texts with one prompt stay side by side; see :class:`Reader`."""
+        order = np.delete(np.arange(len(lengths)), slots)
+        self._texts.order([*order, *slots, *range(len(lengths), self._rows)])
+        return order
 
 
 class ModelReader:
@@ -114,13 +116,20 @@ class ModelReader:
         with self._products:
             return self._actor.states(torch.cat([tokens, ids])[None], torch.zeros_like(columns), columns, **where)
 
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """See :class:`Reader`."""
+    def share(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the prompt; see :class:`Reader`."""
         self._slots.copy([source] * len(targets), targets, length)
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """See :class:`Reader`."""
-        self._slots.copy(sources, targets, length)
+    def release(self, slots: Sequence[int], lengths: Int[NDArray[np.int64], " n"]) -> NDArray[np.int64]:
+        """Move the last texts into the gaps; see :class:`Reader`."""
+        staying, leaving = len(lengths) - len(slots), set(slots)
+        gaps = [slot for slot in slots if slot < staying]
+        movers = [slot for slot in range(staying, len(lengths)) if slot not in leaving]
+        order = np.arange(staying)
+        order[gaps] = movers
+        if movers:
+            self._slots.copy(movers, gaps, int(lengths[movers].max()))
+        return order
 
     def _make_room(self, longest: int, used: int) -> None:
         """Keep slots as long as the longest text needs, and hardly longer."""
