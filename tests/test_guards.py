@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
-from bridle.guards import is_observed, is_plain, is_watched
+from bridle.guards import has_followed_slopes, is_observed, is_plain, is_watched
 
 ON_ALL: dict[str, Callable[..., Any]] = {
     "forward": modules.register_module_forward_hook,
@@ -76,6 +76,18 @@ def test_a_module_is_watched_by_its_hooks_and_by_another_function(how: str) -> N
     assert not is_watched(module)
     WATCHING[how](module)
     assert is_watched(module)
+
+
+@pytest.mark.parametrize("how", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_the_slopes_of_a_modules_own_parameters_are_followed_by_their_hooks(how: str) -> None:
+    module = nn.Linear(2, 2, bias=False)
+    outer = nn.Sequential(module)
+    assert not has_followed_slopes(module)
+    hook = getattr(module.weight, how)(lambda tensor: None)
+    assert has_followed_slopes(module)
+    assert not has_followed_slopes(outer)
+    hook.remove()
+    assert not has_followed_slopes(module)
 
 
 def test_plain_is_float32_of_pytorchs_own_kind_on_the_cpu() -> None:

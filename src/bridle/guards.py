@@ -7,13 +7,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
-__all__ = ["is_observed", "is_plain", "is_watched"]
+__all__ = ["has_followed_slopes", "is_observed", "is_plain", "is_watched"]
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody looks on when a module is called, or has put another function in the place of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__
+
+
+def has_followed_slopes(module: nn.Module) -> bool:
+    """Whether somebody is called when a gradient of one of a module's own parameters is there, and may make another of it."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in own)
 
 
 def is_observed() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,20 @@ def hooked() -> nn.Module:
     return own
 
 
+def with_parameter(register: Callable[[Tensor], object]) -> nn.Module:
+    own = sequence(nn.Tanh())
+    register(own[0].weight)
+    return own
+
+
+def halve(slope: Tensor) -> Tensor:
+    return slope / 2
+
+
+def shrink(weight: Tensor) -> None:
+    weight.grad = None if weight.grad is None else weight.grad / 2
+
+
 OTHER = {
     "another activation": lambda: sequence(nn.SiLU()),
     "two activations": lambda: sequence(nn.Tanh(), nn.Linear(16, 16), nn.ReLU()),
@@ -124,6 +139,8 @@ OTHER = {
     "a layer twice": twice,
     "a weight turned": lambda: Tower(way=tied),
     "a hook": hooked,
+    "a hook of a weight": lambda: with_parameter(lambda w: w.register_hook(halve)),
+    "a hook after a weight's": lambda: with_parameter(lambda w: w.register_post_accumulate_grad_hook(shrink)),
     "counts": lambda: Tower(way=counts),
     "keeps": lambda: Tower(way=keeps),
     "past a layer": lambda: Tower(way=lambda own, x: plainly(own, x) + x[:, :1]),
@@ -186,6 +203,27 @@ def test_statistics_and_draws_are_not_touched_by_looking() -> None:
         assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_module_that_keeps_what_it_sees_first_has_not_seen_anything_yet() -> None:
+    """Nor has it drawn: it is a copy that is looked at."""
+
+    def centred(own: Tower, x: Tensor) -> Tensor:
+        if not own.kept:
+            own.kept.append(x.mean(0) + torch.rand(()))
+        return plainly(own, x - own.kept[0])
+
+    policy = policy_of(lambda: Tower(way=centred))
+    state = torch.get_rng_state()
+    assert quickened(policy, WIDTH) is policy
+    assert not any(net.kept for net in (policy.actor, policy.critic))  # type: ignore[union-attr]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_module_that_cannot_be_copied_is_left_as_it_is() -> None:
+    policy = policy_of(lambda: Tower())
+    policy.actor.kept.append(threading.Lock())  # type: ignore[union-attr, arg-type]
+    assert quickened(policy, WIDTH) is policy
+
+
 def test_what_is_not_alike_is_left_as_it_is() -> None:
     class Head(CategoricalHead):
         """Somebody's own."""
@@ -208,9 +246,10 @@ def test_what_is_not_alike_is_left_as_it_is() -> None:
         ActorCritic(actor=actor, critic=actor, head=CategoricalHead()),
         ActorCritic(actor=actor, critic=critic, head=CategoricalHead(), trunk=nn.Tanh()),
     ]
-    watched = policy_of(tower)
+    watched, spread = policy_of(tower), policy_of(tower)
     watched.register_forward_pre_hook(lambda *_: None)
-    for policy in (*left, watched):
+    spread.head.log_std.register_hook(halve)  # type: ignore[union-attr, operator]
+    for policy in (*left, watched, spread):
         assert quickened(policy, WIDTH) is policy
 
 
@@ -236,6 +275,20 @@ def test_a_module_that_changes_is_followed_from_the_next_rollout_on() -> None:
     hook.remove()
     critic.last = nn.Linear(16, 1)
     torch.testing.assert_close(rolled(policy, given), critic(given.observations.vector)[:, 0].detach())
+
+
+@pytest.mark.parametrize("name", ["critic.0.weight", "head.log_std"])
+def test_a_hook_of_a_weight_is_followed_from_the_next_rollout_on(name: str) -> None:
+    policy, given = quickened(policy_of(READ["in sequence"]), WIDTH), units(WIDTH, "box", 1, 4)
+    assert isinstance(policy, OwnPerceptrons)
+    rolled(policy, given)
+    _, before = gradients(policy, given, policy.vjp, slopes(4))
+    hook = policy.get_parameter(name).register_hook(halve)
+    rolled(policy, given)
+    _, found = gradients(policy, given, policy.vjp, slopes(4))
+    for (own, _), mine, its in zip(policy.named_parameters(), found, before, strict=True):
+        torch.testing.assert_close(mine, its / 2 if own == name else its, rtol=2e-4, atol=2e-6)
+    hook.remove()
 
 
 def test_before_its_first_rollout_it_is_run_as_it_is() -> None:

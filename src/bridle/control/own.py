@@ -12,9 +12,9 @@ from bridle.control.actor_critic import ActorCritic
 from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
 from bridle.control.policy import Acting, ControlPolicy
-from bridle.control.reading import Reading, read
+from bridle.control.reading import Reading, can_be_read, read
 from bridle.control.small import SmallActorCritic, by_hand
-from bridle.guards import is_watched
+from bridle.guards import has_followed_slopes, is_watched
 
 __all__ = ["OwnPerceptrons", "quickened"]
 
@@ -40,9 +40,12 @@ class OwnPerceptrons(SmallActorCritic):
         """Return the same policy on the fast path; None where its modules, which read ``inputs`` numbers, are none."""
         known = (type(policy), type(policy.trunk)) == (ActorCritic, nn.Identity)
         ours = type(policy.head) in (CategoricalHead, GaussianHead) and by_hand(policy.head)
-        if not (known and ours) or any(map(is_watched, (policy, policy.trunk, policy.head))):
+        if not (known and ours) or _noticed(policy):
             return None
-        actor, critic = (read(net, torch.zeros(2, inputs)) for net in (policy.actor, policy.critic))
+        some = torch.zeros(2, inputs)
+        if not all(can_be_read(net, some) for net in (policy.actor, policy.critic)):
+            return None
+        actor, critic = (read(net, some) for net in (policy.actor, policy.critic))
         if actor is None or critic is None or not _alike(actor, critic, policy.head):
             return None
         return cls(actor=policy.actor, critic=policy.critic, head=policy.head, readings=(actor, critic))
@@ -50,14 +53,18 @@ class OwnPerceptrons(SmallActorCritic):
     def acting(self, first: Observations, steps: int, draws: np.random.Generator) -> Acting:
         """Begin a rollout of ``steps`` steps; all states are of the form of the ``first`` ones."""
         some, nets = first.vector[:2], (self.actor, self.critic)
-        watched = any(map(is_watched, (self, self.trunk, self.head)))
-        self._as_read = not watched and all(
+        self._as_read = not _noticed(self) and all(
             reading.same(read(net, some)) for reading, net in zip(self._readings, nets, strict=True)
         )
         return super().acting(first, steps, draws)
 
     def _by_hand(self, observations: Observations) -> bool:
         return self._as_read and super()._by_hand(observations)
+
+
+def _noticed(policy: ActorCritic) -> bool:
+    """Whether somebody looks on at what is neither actor nor critic."""
+    return any(is_watched(own) or has_followed_slopes(own) for own in (policy, policy.trunk, policy.head))
 
 
 def quickened(policy: ControlPolicy, inputs: int) -> ControlPolicy:

@@ -6,6 +6,7 @@ on weights of its own, followed by tanh or ReLU, makes it a module like any othe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,9 +18,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from bridle.control.perceptrons import Activation, Place
-from bridle.guards import is_observed, is_plain, is_watched
+from bridle.guards import has_followed_slopes, is_observed, is_plain, is_watched
 
-__all__ = ["Reading", "read"]
+__all__ = ["Reading", "can_be_read", "read"]
 
 _ACTIVATIONS: dict[object, Activation] = {
     torch.tanh: "tanh",
@@ -66,7 +67,7 @@ def read(module: nn.Module, vector: Float[Tensor, "n D"]) -> Reading | None:
     keep, is not seen.
     """
     modules = list(module.modules())
-    if is_observed() or any(is_watched(own) for own in modules):
+    if is_observed() or any(is_watched(own) or has_followed_slopes(own) for own in modules):
         return None
     foreign = any(type(own).__module__.startswith("torch.") and type(own) not in _KNOWN for own in modules)
     if foreign or any(own._buffers for own in modules):
@@ -81,6 +82,16 @@ def read(module: nn.Module, vector: Float[Tensor, "n D"]) -> Reading | None:
     if [_kept(own) for own in modules] != before:
         return None
     return _chain(module, vector, recorder.calls, outputs)
+
+
+def can_be_read(module: nn.Module, vector: Float[Tensor, "n D"]) -> bool:
+    """Whether a copy of a module is read as a perceptron: what the module keeps, and what draws come next, stays as it was."""
+    try:
+        own = copy.deepcopy(module)
+    except Exception:  # what a user's own code keeps may refuse in any way
+        return False
+    with torch.random.fork_rng(devices=()):
+        return read(own, vector) is not None
 
 
 class _Recorder(TorchFunctionMode):
