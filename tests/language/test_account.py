@@ -63,12 +63,18 @@ def test_a_run_that_cannot_fit_is_refused_with_the_account(monkeypatch: pytest.M
         tokens=16_384,
     )
     monkeypatch.setattr(memory, "available_memory", lambda device: 13 * 10**9)
-    require_memory(estimate, torch.device("cpu"))
+    require_memory(estimate, torch.device("cpu"), recomputed=False, on_trunk=False)
     monkeypatch.setattr(memory, "available_memory", lambda device: 12 * 10**9)
-    with pytest.raises(
-        ConfigError, match=r"13.0 GB more are needed and 12.0 GB are left.*lower ppo.micro_batch_tokens"
-    ):
-        require_memory(estimate, torch.device("cpu"))
+    advice = {
+        (False, False): " or set recompute or set critic.source trunk",
+        (True, False): " or set critic.source trunk",
+        (False, True): " or set recompute",
+        (True, True): "",
+    }
+    for (recomputed, on_trunk), more in advice.items():
+        told = f"13.0 GB more are needed and 12.0 GB are left.*; lower ppo.micro_batch_tokens{more}$"
+        with pytest.raises(ConfigError, match=told):
+            require_memory(estimate, torch.device("cpu"), recomputed=recomputed, on_trunk=on_trunk)
 
 
 MEASURED = """

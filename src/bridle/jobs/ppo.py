@@ -259,7 +259,7 @@ def _open(config: PPOConfig) -> _World:
     scorer = build_scorer(config.reward, roles.tokenizer, functions=asked.functions, device=device, base=roles.base)
     models = [judge for judge in scorer.scorers if isinstance(judge, RewardModelScorer)]
     memory = _memory(config, roles, models, asked.longest)
-    require_memory(memory, device)
+    require_memory(memory, device, recomputed=config.recompute, on_trunk=config.critic.source == "trunk")
     warnings = tuple(note for note in (roles.policy.actor.warning, roles.warning) if note is not None)
     return _World(
         roles=roles,

@@ -141,8 +141,10 @@ def saved_per_token(backbone: Any, dtype: torch.dtype = torch.float32, *, recomp
     return whole // layers + layers * int(hidden.shape[-1]) * int(hidden.element_size())
 
 
-def require_memory(estimate: MemoryEstimate, device: torch.device) -> None:
+def require_memory(estimate: MemoryEstimate, device: torch.device, *, recomputed: bool, on_trunk: bool) -> None:
     """Refuse a run whose peak is more than the machine has left; the weights are there already.
+
+    Layers that are ``recomputed``, and a critic that is ``on_trunk``, are no advice any more.
 
     Raises:
         ConfigError: in one line, with the account and what would make it smaller.
@@ -152,9 +154,10 @@ def require_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     if left is None or needed <= left:
         return
     largest = "ppo.micro_batch_tokens" if estimate.training >= estimate.generation else "sampling.rows"
+    more = [advice for advice, taken in (("recompute", recomputed), ("critic.source trunk", on_trunk)) if not taken]
     raise ConfigError(
         f"the run does not fit: {_size(needed)} more are needed and {_size(left)} are left on the {device.type} "
-        f"({estimate.sentence()}); lower {largest}, set recompute, or set critic.source trunk"
+        f"({estimate.sentence()}); {' or '.join([f'lower {largest}', *(f'set {advice}' for advice in more)])}"
     )
 
 
