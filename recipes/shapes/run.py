@@ -177,7 +177,7 @@ def run_15m(folder: Path, threads: int | None) -> Figures:
     reward += ["--optim.lr", 3e-4, "--evaluation.share", 0.25]
     ppo = ["--model.path", folder / "sft/policy", "--prompts.path", folder / "prompts.jsonl"]
     ppo += ["--reward.model", folder / "reward/reward", "--critic.source", "trunk", "--actor.lr", 1e-4]
-    ppo += ["--ppo.minibatches", 2, "--shaping.missing-eos-penalty", 1.0]
+    ppo += ["--kl.where", "reward", "--ppo.minibatches", 2, "--shaping.missing-eos-penalty", 1.0]
     many = ["--prompts-per-step", 16, "--sampling.max-new-tokens", 32, "--ppo.epochs", 2, "--evaluation.held-out", 16]
     found: Figures = {"parameters": size, "vocabulary": make.VOCABULARY}
     found |= line(folder, {"sft": sft, "reward": reward, "ppo": [*ppo, *many, "--steps", 3]}, threads)
