@@ -80,3 +80,13 @@ def quick(family: str, **changes: Any) -> tuple[Any, Any]:
     """A model with heads of eight, and the same with its layers compiled where they can be."""
     model = tiny_model(family, **{"hidden_size": 32, "num_attention_heads": 4, **changes})
     return model, join_layers(quicken(copy.deepcopy(model)))
+
+
+def doubling(module: nn.Module) -> None:
+    """Make it one of a class of somebody's own."""
+
+    class Own(type(module)):  # type: ignore[misc]
+        def forward(self, *given: Any, **named: Any) -> Any:
+            return 2 * super().forward(*given, **named)
+
+    module.__class__ = Own

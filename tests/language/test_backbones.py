@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bridle.language import backbones
-from bridle.language.backbones import hidden_at, join_layers
+from bridle.language.backbones import hidden_at, join_layers, packed_stack
 from bridle.language.layers import Shape, decoder_stack, norm_at
 from bridle.language.models import recompute_layers
 from bridle.language.quickening import plainly, quicken
-from tests.language.layered import Case, draw, formula, inputs, quick
+from tests.language.layered import Case, doubling, draw, formula, inputs, quick
 from tests.language.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -152,6 +152,16 @@ def tripled(backbone: nn.Module) -> None:
     backbone.register_forward_hook(change)
 
 
+def turned_round(backbone: nn.Module) -> None:
+    class Own(type(backbone)):  # type: ignore[misc]
+        def forward(self, **given: Any) -> Any:
+            found = super().forward(**given)
+            found.last_hidden_state = -found.last_hidden_state
+            return found
+
+    backbone.__class__ = Own
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a hook on the whole": lambda backbone: tripled(backbone),
     "a hook on the norm": lambda backbone: doubled(backbone.norm),
@@ -166,6 +176,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "layers turned round": lambda backbone: setattr(backbone, "layers", nn.ModuleList(list(backbone.layers)[::-1])),
     "a layer as it was": lambda backbone: plainly(backbone),
     "a forward": lambda backbone: setattr(backbone.norm, "forward", lambda x: 3 * x),
+    "the norm's class": lambda backbone: doubling(backbone.norm),
+    "the embedding's class": lambda backbone: doubling(backbone.embed_tokens),
+    "a layer's class": lambda backbone: doubling(backbone.layers[1]),
+    "its own class": lambda backbone: turned_round(backbone),
 }
 
 
@@ -183,6 +197,26 @@ def test_a_backbone_that_is_no_longer_what_was_tried_runs_as_it_is(
         expected = backbone(input_ids=IDS, use_cache=False).last_hidden_state[ROWS, COLUMNS]
         assert torch.equal(hidden_at(backbone, IDS, ROWS, COLUMNS), expected)
     assert seen == [2]
+
+
+@pytest.mark.parametrize("part", ["norm", "rotary_emb", "layers.1", "layers.0.mlp", "layers.0.self_attn"])
+def test_a_class_that_is_given_another_forward_is_asked_for_it(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries of kernels do it, to a model that is there already."""
+    backbone = quick("llama")[1].base_model
+    kind = next(c for c in type(backbone.get_submodule(part)).__mro__ if c.__module__.startswith("transformers"))
+    own, called = kind.forward, []
+
+    def noted(self: Any, *given: Any, **named: Any) -> Any:
+        called.append(self)
+        return own(self, *given, **named)
+
+    monkeypatch.setattr(kind, "forward", noted)
+    seen = joined(monkeypatch)
+    with torch.no_grad():
+        hidden_at(backbone, IDS, ROWS, COLUMNS)
+    assert called
+    assert not seen
+    assert packed_stack(backbone, 9) is None
 
 
 def test_what_layers_in_one_step_do_not_serve_goes_to_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from bridle.language.attention import attend_narrowly
 from bridle.language.layers import decoder_layer
 from bridle.language.models import ModelSettings, load_causal_lm, recompute_layers, save_model
 from bridle.language.quickening import plainly, quicken, speed_notes
-from tests.language.layered import CASES, Case, draw, formula, inputs, quick
+from tests.language.layered import CASES, Case, doubling, draw, formula, inputs, quick
 from tests.language.tiny import byte_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -251,6 +251,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another norm": lambda layer: setattr(layer, "input_layernorm", Centred()),
     "what is seen": lambda layer: setattr(layer.self_attn, "is_causal", False),
     "a forward": lambda layer: setattr(layer.mlp, "forward", lambda x: 2 * layer.mlp.up_proj(x)[..., :32]),
+    "a linear layer's class": lambda layer: doubling(layer.mlp.down_proj),
+    "the gate's class": lambda layer: doubling(layer.mlp.act_fn),
+    "a norm's class": lambda layer: doubling(layer.post_attention_layernorm),
+    "its own class": lambda layer: doubling(layer),
     "a weight's kind": lambda layer: setattr(
         layer.mlp.up_proj, "weight", nn.Parameter(Doubled(layer.mlp.up_proj.weight))
     ),

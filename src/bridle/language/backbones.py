@@ -19,7 +19,7 @@ from bridle.guards import is_plain, is_watched
 from bridle.language import decoding
 from bridle.language.decoding import Stack, StackWeights
 from bridle.language.layers import decoder_stack, norm_at
-from bridle.language.quickening import FAILURES, TOLERANCE, is_quick, quick_parts
+from bridle.language.quickening import FAILURES, TOLERANCE, forward_of, is_quick, quick_parts
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ class _Backbone:
     norm: Any
     turn: Any
     eps: float
-    held: list[tuple[dict[str, Any], str, nn.Module]]
-    """where each module was found"""
+    held: list[tuple[dict[str, Any], str, nn.Module, Any]]
+    """where each module was found, and what its class ran"""
+    own: Any
+    """what the backbone's class ran"""
 
 
 def hidden_at(
@@ -90,9 +92,11 @@ def _taken_apart(backbone: PreTrainedModel) -> _Backbone | None:
         return None
     if list(norm._parameters) != ["weight"] or not is_plain(getattr(embed, "weight", None)):
         return None
-    held = [(backbone._modules, name, children[name]) for name in _PARTS]
-    held += [(layers._modules, name, layer) for name, layer in layers.named_children()]
-    return _Backbone(config=config, embed=embed, layers=list(layers), norm=norm, turn=turn, eps=eps, held=held)
+    found = [(backbone._modules, name, children[name]) for name in _PARTS]
+    found += [(layers._modules, name, layer) for name, layer in layers.named_children()]
+    held = [(owner, name, module, forward_of(module)) for owner, name, module in found]
+    parts = {"embed": embed, "layers": list(layers), "norm": norm, "turn": turn}
+    return _Backbone(config=config, **parts, eps=eps, held=held, own=forward_of(backbone))
 
 
 def _asks_all(config: Any, layers: int) -> bool:
@@ -116,7 +120,10 @@ def _stands(backbone: PreTrainedModel, known: _Backbone) -> bool:
         return False
     if known.norm.variance_epsilon != known.eps or not _asks_all(known.config, len(known.layers)):
         return False
-    if any(owner.get(name) is not module or is_watched(module) for owner, name, module in known.held):
+    if forward_of(backbone) is not known.own or any(
+        owner.get(name) is not module or forward_of(module) is not forward or is_watched(module)
+        for owner, name, module, forward in known.held
+    ):
         return False
     return not (backbone.training and any(layer.gradient_checkpointing for layer in known.layers))
 

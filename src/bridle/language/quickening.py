@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAILURES",
     "TOLERANCE",
+    "forward_of",
     "is_quick",
     "plainly",
     "quick_parts",
@@ -80,8 +81,10 @@ class _Parts:
     """of each weight"""
     places: list[tuple[dict[str, Any], str]]
     """where each weight was found"""
-    modules: list[tuple[dict[str, Any], str, nn.Module]]
-    """where each module was found"""
+    modules: list[tuple[dict[str, Any], str, nn.Module, Any]]
+    """where each module was found, and what its class ran"""
+    own: Any
+    """what the layer's class ran"""
     dropouts: list[tuple[dict[str, Any], str]]
     """where shares are said that are left out in training"""
 
@@ -128,6 +131,12 @@ def is_quick(layer: nn.Module) -> bool:
     return isinstance(layer, _Quick)
 
 
+def forward_of(module: nn.Module) -> Any:
+    """Return the function that a module's class runs, of a layer that runs compiled where it is served the one beneath."""
+    kind = type(module)
+    return kind.__mro__[2].forward if _Quick in kind.__bases__ else kind.forward  # type: ignore[attr-defined]
+
+
 def quick_parts(layer: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor]) -> _Parts | None:
     """Return the parts of a layer that runs compiled now, on whole texts x; else None."""
     return _served(layer, x, {"position_embeddings": turned}) if isinstance(layer, _Quick) else None
@@ -158,7 +167,7 @@ def _parts(layer: nn.Module) -> _Parts | None:
     known: _Parts | None = layer.__dict__.get(_KNOWN)
     if known is None:
         known = layer.__dict__[_KNOWN] = _taken_apart(layer)
-    if known is None or not _stands(known):
+    if known is None or not _stands(layer, known):
         return None
     if any(owner.get(name) is not weight for (owner, name), weight in zip(known.places, known.weights, strict=True)):
         fresh = _taken_apart(layer)
@@ -175,11 +184,14 @@ def _parts(layer: nn.Module) -> _Parts | None:
     return known if served else None
 
 
-def _stands(known: _Parts) -> bool:
+def _stands(layer: nn.Module, known: _Parts) -> bool:
     """Whether modules are where they were found and as they were, and nobody looks on."""
-    if _traits(known.attention, known.norms) != known.traits:
+    if forward_of(layer) is not known.own or _traits(known.attention, known.norms) != known.traits:
         return False
-    return not any(owner.get(name) is not module or is_watched(module) for owner, name, module in known.modules)
+    return not any(
+        owner.get(name) is not module or type(module).forward is not forward or is_watched(module)
+        for owner, name, module, forward in known.modules
+    )
 
 
 def _traits(attention: Any, norms: list[Any]) -> tuple[Any, ...]:
@@ -226,7 +238,8 @@ def _taken_apart(layer: nn.Module) -> _Parts | None:
         traits=traits,
         sizes=list(sizes),
         places=places,
-        modules=modules,
+        modules=[(owner, name, module, type(module).forward) for owner, name, module in modules],
+        own=forward_of(layer),
         dropouts=[(vars(one), name) for one in layer.modules() for name in vars(one) if "dropout" in name],
     )
 
