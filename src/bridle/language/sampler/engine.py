@@ -36,7 +36,10 @@ _PREFILL_TOKENS = 4096
 
 
 class EmbeddedSampler:
-    """Draws answers from ``actor`` (weights are the trainer's own, nothing is copied), stopping at ``stop_ids``."""
+    """Draws answers from ``actor``, stopping at ``stop_ids``.
+
+    The weights are the trainer's own; where code is compiled it packs them for each call, one copy while the call lasts.
+    """
 
     def __init__(
         self,
