@@ -52,6 +52,11 @@ def test_explained_variance_by_hand() -> None:
 def test_explained_variance_of_a_constant_return_is_undefined() -> None:
     assert math.isnan(explained_variance(f64(1.0, 2.0), f64(3.0, 3.0)))
     assert math.isnan(explained_variance(f64(1.0), f64(3.0)))
+    equal = torch.full((8,), 1.0)
+    rounded = equal.clone()
+    rounded[::2] = torch.nextafter(equal, torch.tensor(2.0))[::2]  # what an advantage and a value give that add up to 1
+    assert math.isnan(explained_variance(torch.linspace(0, 1, 8), rounded))
+    same(explained_variance(0 * equal, 1.0 + 1e-5 * torch.arange(8.0)), 0.0)  # small is not rounding
     assert math.isnan(explained_variance(f64(1.0, 2.0, 3.0), f64(0.1, 0.1, 9.0), torch.tensor([True, True, False])))
 
 

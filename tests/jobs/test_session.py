@@ -258,6 +258,7 @@ def test_numbers_are_shown_short() -> None:
         "n": 12345,
         "lr": 1e-6,
     }
+    assert format_numbers({"KL": -2.3e-15}) == "KL 0"
     assert format_numbers(numbers) == "reward 0.123 | KL to ref 31 | clip 8 % | n 12345 | lr 1e-06"
 
 

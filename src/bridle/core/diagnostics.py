@@ -52,7 +52,8 @@ def explained_variance(
         mask: True where an action counts; all of them by default.
 
     Returns:
-        [] 1 is perfect, 0 no better than a constant, below 0 worse; NaN where Var(R) = 0.
+        [] 1 is perfect, 0 no better than a constant, below 0 worse; NaN where Var(R) is 0, or no more than what rounding makes
+        of equal returns: (2 ε)² times their mean square, ε the dtype's.
 
     Raises:
         ValueError: shapes differ, or the mask is not bool.
@@ -64,7 +65,8 @@ def explained_variance(
     dtype = at_least_float32(values, returns)
     total = masked_var(returns.to(dtype), mask)
     left = masked_var(returns.to(dtype) - values.to(dtype), mask)
-    return torch.where(total > 0.0, 1.0 - left / total, math.nan)
+    rounding = (2 * torch.finfo(dtype).eps) ** 2 * masked_mean(returns.to(dtype) ** 2, mask)
+    return torch.where(total > rounding, 1.0 - left / total, math.nan)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from bridle.jobs.asked import data_of, read_asked
 from bridle.jobs.carried import State, restore, save
 from bridle.jobs.faults import Kept, contain, evidence_of, of_evidence, skipped
 from bridle.jobs.judging import tell_mishaps
+from bridle.jobs.progress import format_number
 from bridle.jobs.session import RunSettings, Session, hold_place, resolve_device
 from bridle.jobs.sources import of_data, of_functions, of_model, packages_of
 from bridle.language.account import resident_memory
@@ -411,7 +412,8 @@ def _evaluate(
     session.record(step, {f"evaluation/{name}": value for name, value in metrics.items()})
     session.run.samples(step, found.rows(), name="evaluation")
     gold = [name for name in metrics if name.startswith("score/gold/") and not name.endswith("_ci95")]
-    shown = " | ".join(f"{name} {metrics[name]:.3g}" for name in ("score", *gold, "exact_kl", "entropy", "length"))
+    names = ("score", *gold, "exact_kl", "entropy", "length")
+    shown = " | ".join(f"{name} {format_number(float(metrics[name]))}" for name in names)
     session.say(f"held-out, step {step}: {shown}")
 
 

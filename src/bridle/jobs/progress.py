@@ -9,19 +9,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-__all__ = ["Progress", "progress_on"]
+__all__ = ["Progress", "format_number", "progress_on"]
 
 PLAIN_LINES = 20
 """How many lines a whole job prints where there is no terminal."""
+ROUNDING = 1e-12
+"""What is shown as 0, in whatever unit: the least learning rate anybody sets is larger."""
 
 
-def _number(value: float | int | str) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def format_number(value: float | int | str) -> str:
+    """A float to three figures, and 0 for what rounding leaves of it: a KL of −2e-15 is none."""
+    if not isinstance(value, float):
+        return str(value)
+    return "0" if abs(value) < ROUNDING else f"{value:.3g}"
 
 
 def format_numbers(numbers: dict[str, float | int | str]) -> str:
     """``reward 0.42 | KL 3.1 | clip 8 %``: names with spaces for underscores, floats to three figures."""
-    return " | ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in numbers.items())
+    return " | ".join(f"{name.replace('_', ' ')} {format_number(value)}" for name, value in numbers.items())
 
 
 class Progress:
