@@ -1,12 +1,13 @@
 """Reward against step: Bridle's defaults beside TRL 1.12, same task, prompts a step, learning rate and leash.
 
-    python bench/learning_per_step.py run bridle bridle-own-critic --seeds 0 1 2
+    python bench/learning_per_step.py run bridle bridle-own-critic bridle-drowned --seeds 0 1 2
     python bench/learning_per_step.py run trl trl-swift --seeds 0 1 2 --peers PEERS-TRL/bin/python
     python bench/learning_per_step.py table
 
 The task is recipes/stories. Nothing but the learning rate (7e-4), β and the answers' 64 tokens is told to ``bridle``: where
 the leash is, critic, λ, epochs, minibatches and every clip are its defaults. ``bridle-own-critic`` is what these were
-before: a critic with a backbone of its own, four epochs, λ = 0.95, k1 in the reward. ``trl`` is TRL's own work (four epochs of
+before: a critic with a backbone of its own, four epochs, λ = 0.95, k1 in the reward. ``bridle-drowned`` shows what the defaults
+keep clear of: k1 in the reward and values at full weight on the trunk. ``trl`` is TRL's own work (four epochs of
 four steps, λ = 0.95), ``trl-swift`` what was found to get TRL to the goal soonest (two of two, λ = 1). Rewards are those of
 the answers that a step learns from, so the first is the model's as it was; KL is each side's own figure: the exact KL of a
 quarter of the answers, and TRL's mean of summed log-ratios. Raw figures: bench/results/learning_per_step/.
@@ -44,11 +45,11 @@ TRL: dict[str, dict[str, Any]] = {
     "trl": {**SHARED, "epochs": 4, "minibatches": 4, "value": 0.1, "lam": 0.95},
     "trl-swift": {**SHARED, "epochs": 2, "minibatches": 2, "value": 1.0, "lam": 1.0},
 }
-OWN = ("bridle", "bridle-own-critic")
+OWN = ("bridle", "bridle-own-critic", "bridle-drowned")
 
 
 def own(name: str, folder: Path, seed: int) -> PPOConfig:
-    """The task with Bridle's defaults, or with those that it had before."""
+    """The task with Bridle's defaults, with those that it had before, or with what drowns the policy."""
     task = recipe(folder / "run", folder, seed)
     optim = OptimSettings(lr=LR, schedule="linear")
     config = PPOConfig(
@@ -65,6 +66,9 @@ def own(name: str, folder: Path, seed: int) -> PPOConfig:
     )
     if name == "bridle":
         return config
+    if name == "bridle-drowned":
+        leash = KLSettings(where="reward", coefficient=IN_REWARD)
+        return replace(config, kl=leash, ppo=replace(config.ppo, value_coefficient=1.0))
     return replace(
         config,
         kl=KLSettings(where="reward", coefficient=IN_REWARD),
