@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class CustomBuildHook(BuildHookInterface):
-    """Builds a library beside each source; without them Bridle works all the same, some networks more slowly."""
+    """Builds libraries beside each source; without them Bridle works all the same, some networks more slowly."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; a wheel that holds the result is for this kind of machine."""
@@ -19,11 +19,10 @@ class CustomBuildHook(BuildHookInterface):
         compiling = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(compiling)
         for source in compiling.SOURCES:
-            library = compiling.compiled_from(source)
-            problem = compiling.compile_source(source, library)
+            built, problem = compiling.compile_all(source)
             if problem:
                 self.app.display_warning(f"{source.name} is not compiled, some networks will be slower: {problem}")
                 continue
-            build_data["artifacts"].append(str(library.relative_to(self.root)))
+            build_data["artifacts"] += [str(library.relative_to(self.root)) for library in built]
             build_data["pure_python"] = False
             build_data["infer_tag"] = True

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bridle.native.compiling import SOURCES, compile_source, compiled_from
+from bridle.native.loading import levels_here
 
-__all__ = ["built", "source_named"]
+__all__ = ["HERE", "built", "source_named"]
+
+HERE = levels_here()
+"""What is compiled for processors that this one can stand for: fixtures of compiled code go through all of them."""
 
 
 def source_named(name: str) -> Path:
@@ -17,7 +21,7 @@ def source_named(name: str) -> Path:
     return source
 
 
-def built(name: str, load: Callable[[Path], Any], folder: Path) -> Any:
-    """What ``load`` opens of the source's library, compiled into ``folder`` if need be, which takes seconds; or why not."""
+def built(name: str, load: Callable[[Path], Any], folder: Path, level: str) -> Any:
+    """What ``load`` opens of the source's library for ``level``, compiled into ``folder`` if need be; or why there is none."""
     source, place = source_named(name), folder / "library.so"
-    return load(compiled_from(source)) or compile_source(source, place) or load(place)
+    return load(compiled_from(source, level)) or compile_source(source, place, level) or load(place)

@@ -25,12 +25,12 @@ from bridle.errors import NonFiniteStep
 from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
-from tests.built import built
+from tests.built import HERE, built
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    found = built("convolutions.c", convolutions.load, tmp_path_factory.mktemp("compiled"))
+@pytest.fixture(scope="module", params=HERE, autouse=True)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
+    found = built("convolutions.c", convolutions.load, tmp_path_factory.mktemp("compiled"), request.param)
     if isinstance(found, str):
         pytest.skip(f"not compiled: {found}")
     before, convolutions.library = convolutions.library, found

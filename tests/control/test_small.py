@@ -23,7 +23,7 @@ from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.step import HandDifferentiated, Seen, Slopes, plain_vjp
-from tests.built import built
+from tests.built import HERE, built
 
 SHAPES = [
     (4, "discrete", 2, NetworkSettings()),
@@ -34,9 +34,9 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return built("small.c", compiled.load, tmp_path_factory.mktemp("compiled"))
+@pytest.fixture(scope="module", params=HERE)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
+    return built("small.c", compiled.load, tmp_path_factory.mktemp("compiled"), request.param)
 
 
 @pytest.fixture(params=["compiled", "NumPy"], autouse=True)

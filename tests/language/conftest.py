@@ -7,13 +7,13 @@ from types import ModuleType
 import pytest
 
 from bridle.language import decoding, layers
-from tests.built import built
+from tests.built import HERE, built
 
 
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[ModuleType, object]:
+@pytest.fixture(scope="session", params=HERE)
+def libraries(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[ModuleType, object]:
     return {
-        room: built(f"{name}.c", room.load, tmp_path_factory.mktemp(name))
+        room: built(f"{name}.c", room.load, tmp_path_factory.mktemp(name), request.param)
         for name, room in (("layers", layers), ("decoding", decoding))
     }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead
 from bridle.language import vocabulary
 from bridle.language.vocabulary import head_answers, token_logprobs
-from tests.built import built
+from tests.built import HERE, built
 
 # N, D, V, D of the reference (0: none), bias
 Case = tuple[int, int, int, int, bool]
@@ -27,9 +27,9 @@ CASES: list[Case] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return built("vocabulary.c", vocabulary.load, tmp_path_factory.mktemp("compiled"))
+@pytest.fixture(scope="module", params=HERE)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
+    return built("vocabulary.c", vocabulary.load, tmp_path_factory.mktemp("compiled"), request.param)
 
 
 @pytest.fixture(autouse=True)

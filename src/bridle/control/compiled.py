@@ -18,8 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridle.control.buffers import Buffers
-from bridle.native.compiling import compiled_from
-from bridle.native.loading import load_library
+from bridle.native.loading import library_of, load_library
 
 __all__ = [
     "Frozen",
@@ -81,7 +80,7 @@ def load(place: Path) -> Any:
     return load_library(place, _SOURCE, functions, "perceptron_source")
 
 
-library: Any = load(compiled_from(_SOURCE))
+library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
 
 

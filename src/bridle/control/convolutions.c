@@ -17,8 +17,7 @@
 #define LAYERS 8
 #define TOGETHER 32768 /* numbers of the images that go through all layers at once */
 #define MOST 16        /* images of them */
-#define HIGH 6         /* rows of a product summed in registers, over */
-#define WIDE 16        /* columns */
+#define WIDE 16        /* columns of a product that are summed at a time */
 #define DEEP 256       /* numbers of a patch summed in one go: 16 columns of weights to them fill half the nearest cache */
 #define PIXELS 128     /* pixels of a layer's slopes summed in one go */
 
@@ -47,36 +46,24 @@ INLINE int64_t pixels_of(const convolution *l) { return rows_of(l) * columns_of(
 INLINE int64_t size_of(const convolution *l) { return l->channels * l->height * l->width; }
 INLINE int64_t stretch_of(const convolution *l) { return l->wide * l->channels; } /* a row of a patch */
 
-/* Rows of the next block of `left`: 6, but two of 4 rather than 6 and few, which would wait for one another. */
-INLINE int64_t next_high(int64_t left) { return left == 7 || left == 8 ? 4 : least(left, HIGH); }
-
-#define FOR_HIGH(high, call) \
-  switch (high) {            \
-    case 6: call(6); break;  \
-    case 5: call(5); break;  \
-    case 4: call(4); break;  \
-    case 3: call(3); break;  \
-    case 2: call(2); break;  \
-    case 1: call(1); break;  \
-  }
-
 /* ---- products */
 
 /* y(i, j) for `high` pixels and 16 filters: what stands there, or the bias if `first`, plus the rows of patches that begin
    at a[i] times weights b [rows stretch, 16]; rectified if `last`. */
 INLINE void forward_block(const int high, int64_t rows, int64_t stretch, int64_t row, const float *const *a, const float *b,
                           const float *bias, float *y, int64_t dy, int64_t columns, int first, int last) {
-  vec sum[HIGH][2];
+  reg sum[HIGH][PARTS];
   float own[HIGH * WIDE];
   const int whole = columns == WIDE;
-  UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (vec){0};
+  UNROLL for (int i = 0; i < high; i++)
+    for (int k = 0; k < PARTS; k++) sum[i][k] = (reg){0};
   for (int64_t r = 0; r < rows * row; r += row)
     for (int64_t k = r; k < r + stretch; k++, b += WIDE) {
-      const vec left = *(const vec *)b, right = *(const vec *)(b + 8);
+      const reg left = *(const reg *)b, right = *(const reg *)(b + 16 - LANES);
       UNROLL for (int i = 0; i < high; i++) {
         const float one = a[i][k];
         sum[i][0] += one * left;
-        sum[i][1] += one * right;
+        if (PARTS == 2) sum[i][PARTS - 1] += one * right;
       }
     }
   if (!whole)
@@ -85,14 +72,12 @@ INLINE void forward_block(const int high, int64_t rows, int64_t stretch, int64_t
   float *to = whole ? y : own;
   const int64_t step = whole ? dy : WIDE;
   UNROLL for (int i = 0; i < high; i++) {
-    vec *at = (vec *)(to + i * step);
-    const vec *start = first ? (const vec *)bias : at;
-    vec left = sum[i][0] + start[0], right = sum[i][1] + start[1];
-    if (last) {
-      left = (vec)((ints)left & ~(left < (vec){0}));
-      right = (vec)((ints)right & ~(right < (vec){0}));
+    reg *at = (reg *)(to + i * step);
+    const reg *start = first ? (const reg *)bias : at;
+    for (int k = 0; k < PARTS; k++) {
+      const reg one = sum[i][k] + start[k];
+      at[k] = last ? (reg)((flags)one & ~(one < (reg){0})) : one;
     }
-    at[0] = left, at[1] = right;
   }
   if (!whole)
     for (int i = 0; i < high; i++)
@@ -100,7 +85,7 @@ INLINE void forward_block(const int high, int64_t rows, int64_t stretch, int64_t
 }
 
 /* One layer of some images, whose patches begin at x + at[p]. */
-CLONES static void layer_forward(const convolution *l, const float *panels, const float *bias, int64_t pixels,
+static void layer_forward(const convolution *l, const float *panels, const float *bias, int64_t pixels,
                                  const place *at, const float *x, float *y) {
   const int64_t stretch = stretch_of(l), row = l->width * l->channels;
   const int64_t together = stretch < DEEP ? DEEP / stretch : 1;
@@ -123,27 +108,28 @@ CLONES static void layer_forward(const convolution *l, const float *panels, cons
 /* gradient(k, j) += sum_p x[at(p) + k] dy(p, j), for `high` numbers k of a patch and 16 filters; dy [pixels, 16]. */
 INLINE void weight_block(const int high, int64_t pixels, const place *at, const float *x, const float *dy, float *gradient,
                          int64_t step) {
-  vec sum[HIGH][2];
-  UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (vec){0};
+  reg sum[HIGH][PARTS];
+  UNROLL for (int i = 0; i < high; i++)
+    for (int k = 0; k < PARTS; k++) sum[i][k] = (reg){0};
   for (int64_t p = 0; p < pixels; p++, dy += WIDE) {
-    const vec left = *(const vec *)dy, right = *(const vec *)(dy + 8);
+    const reg left = *(const reg *)dy, right = *(const reg *)(dy + 16 - LANES);
     const float *patch = x + at[p];
-    __asm__("" : "+r"(patch)); /* one address, not six sums of x + k, at(p) and i */
+    __asm__("" : "+r"(patch)); /* one address, not a sum each of x + k, at(p) and i */
     UNROLL for (int i = 0; i < high; i++) {
       const float one = patch[i];
       sum[i][0] += one * left;
-      sum[i][1] += one * right;
+      if (PARTS == 2) sum[i][PARTS - 1] += one * right;
     }
   }
   UNROLL for (int i = 0; i < high; i++) {
-    vec *to = (vec *)(gradient + i * step);
-    to[0] += sum[i][0], to[1] += sum[i][1];
+    reg *to = (reg *)(gradient + i * step);
+    for (int k = 0; k < PARTS; k++) to[k] += sum[i][k];
   }
 }
 
 /* Add what slopes dy [filters / 16][pixels, 16] of a layer of some images come to: to gradient [patch, padded filters] and
    to sums [padded filters]. */
-CLONES static void layer_weights(const convolution *l, int64_t pixels, const place *at, const float *x, const float *dy,
+static void layer_weights(const convolution *l, int64_t pixels, const place *at, const float *x, const float *dy,
                                  float *gradient, float *sums) {
   const int64_t stretch = stretch_of(l), row = l->width * l->channels, step = padded(l->filters);
   const int64_t parts = (pixels + PIXELS - 1) / PIXELS;
@@ -173,35 +159,34 @@ CLONES static void layer_weights(const convolution *l, int64_t pixels, const pla
 /* dx[at(p) + k] += sum_j dy(p, j) b(j, k), for `high` pixels p and 16 numbers k of a patch; dy [.., step, 16]. */
 INLINE void slope_block(const int high, int64_t filters, const float *dy, int64_t step, const float *b, const place *at,
                         float *dx, int64_t columns) {
-  vec sum[HIGH][2];
-  UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (vec){0};
+  reg sum[HIGH][PARTS];
+  UNROLL for (int i = 0; i < high; i++)
+    for (int k = 0; k < PARTS; k++) sum[i][k] = (reg){0};
   for (int64_t from = 0; from < filters; from += WIDE, dy += WIDE * step)
     for (int64_t j = 0; j < least(WIDE, filters - from); j++, b += WIDE) {
-      const vec left = *(const vec *)b, right = *(const vec *)(b + 8);
+      const reg left = *(const reg *)b, right = *(const reg *)(b + 16 - LANES);
       UNROLL for (int i = 0; i < high; i++) {
         const float one = dy[i * WIDE + j];
         sum[i][0] += one * left;
-        sum[i][1] += one * right;
+        if (PARTS == 2) sum[i][PARTS - 1] += one * right;
       }
     }
   if (columns == WIDE) {
     UNROLL for (int i = 0; i < high; i++) { /* one after the other: patches overlap */
-      vec *to = (vec *)(dx + at[i]);
-      to[0] += sum[i][0], to[1] += sum[i][1];
+      reg *to = (reg *)(dx + at[i]);
+      for (int k = 0; k < PARTS; k++) to[k] += sum[i][k];
     }
   } else {
     float own[HIGH * WIDE];
-    UNROLL for (int i = 0; i < high; i++) {
-      vec *to = (vec *)(own + i * WIDE);
-      to[0] = sum[i][0], to[1] = sum[i][1];
-    }
+    UNROLL for (int i = 0; i < high; i++)
+      for (int k = 0; k < PARTS; k++) *(reg *)(own + i * WIDE + LANES * k) = sum[i][k];
     for (int i = 0; i < high; i++)
       for (int64_t k = 0; k < columns; k++) dx[at[i] + k] += own[i * WIDE + k];
   }
 }
 
 /* Add to dx what slopes dy [filters / 16][pixels, 16] come to, with weights in panels of 16 numbers of a patch's row. */
-CLONES static void layer_slopes(const convolution *l, const float *panels, int64_t pixels, const place *at, const float *dy,
+static void layer_slopes(const convolution *l, const float *panels, int64_t pixels, const place *at, const float *dy,
                                 float *dx) {
   const int64_t stretch = stretch_of(l), row = l->width * l->channels;
   for (int64_t r = 0; r < l->tall; r++)
@@ -219,7 +204,7 @@ CLONES static void layer_slopes(const convolution *l, const float *panels, int64
 /* ---- laying out */
 
 /* panels [filters / 16][tall, wide, channels][16], the last one filled up with 0; bias likewise. */
-CLONES static void pack_forward(const convolution *l, float *panels, float *bias) {
+static void pack_forward(const convolution *l, float *panels, float *bias) {
   const int64_t area = l->tall * l->wide;
   for (int64_t j = 0; j < padded(l->filters); j++) {
     bias[j] = j < l->filters ? l->bias[j] : 0.0f;
@@ -231,7 +216,7 @@ CLONES static void pack_forward(const convolution *l, float *panels, float *bias
 }
 
 /* panels [tall][wide channels / 16][filters][16], the last one of each row filled up with 0. */
-CLONES static void pack_back(const convolution *l, float *panels) {
+static void pack_back(const convolution *l, float *panels) {
   const int64_t stretch = stretch_of(l), area = l->tall * l->wide;
   for (int64_t r = 0; r < l->tall; r++)
     for (int64_t k = 0; k < stretch; k += WIDE)
@@ -243,7 +228,7 @@ CLONES static void pack_back(const convolution *l, float *panels) {
 }
 
 /* Add gradients as layer_weights finds them to those of W and b. */
-CLONES static void add_gradients(const convolution *l, const float *gradient, const float *sums) {
+static void add_gradients(const convolution *l, const float *gradient, const float *sums) {
   const int64_t area = l->tall * l->wide, step = padded(l->filters);
   for (int64_t j = 0; j < l->filters; j++) {
     l->bias_gradient[j] += sums[j];
@@ -263,7 +248,7 @@ static void find_patches(const convolution *l, int64_t images, place *at) {
 }
 
 /* Images of bytes [channels, pixels] as numbers [pixels, channels] in 0 ... 1. */
-CLONES static void look(const convolution *l, int64_t images, const uint8_t *seen, float *x) {
+static void look(const convolution *l, int64_t images, const uint8_t *seen, float *x) {
   const int64_t pixels = l->height * l->width, channels = l->channels;
   const float share = 1.0f / 255.0f;
   for (int64_t n = 0; n < images; n++, seen += channels * pixels, x += channels * pixels)
@@ -276,7 +261,7 @@ CLONES static void look(const convolution *l, int64_t images, const uint8_t *see
 }
 
 /* [pixels, filters] as [filters, pixels], of some images. */
-CLONES static void turn(int64_t images, int64_t pixels, int64_t filters, const float *y, float *features) {
+static void turn(int64_t images, int64_t pixels, int64_t filters, const float *y, float *features) {
   for (int64_t n = 0; n < images; n++, y += pixels * filters, features += pixels * filters)
     for (int64_t j = 0; j < filters; j++)
       for (int64_t p = 0; p < pixels; p++) features[j * pixels + p] = y[p * filters + j];
@@ -284,7 +269,7 @@ CLONES static void turn(int64_t images, int64_t pixels, int64_t filters, const f
 
 /* Slopes [filters, pixels] of some images through the last rectifier, as [filters / 16][images pixels, 16], the last one
    filled up with 0. */
-CLONES static void turn_back(int64_t images, int64_t pixels, int64_t filters, const float *features, const float *slopes,
+static void turn_back(int64_t images, int64_t pixels, int64_t filters, const float *features, const float *slopes,
                              float *dy) {
   for (int64_t n = 0; n < images; n++, features += pixels * filters, slopes += pixels * filters)
     for (int64_t j = 0; j < padded(filters); j++) {
@@ -295,7 +280,7 @@ CLONES static void turn_back(int64_t images, int64_t pixels, int64_t filters, co
 }
 
 /* Slopes [pixels, filters] through a rectifier whose values are y, as [filters / 16][pixels, 16]. */
-CLONES static void through(int64_t pixels, int64_t filters, const float *y, const float *dx, float *dy) {
+static void through(int64_t pixels, int64_t filters, const float *y, const float *dx, float *dy) {
   for (int64_t from = 0; from < filters; from += WIDE) {
     const int64_t columns = least(WIDE, filters - from);
     for (int64_t p = 0; p < pixels; p++, dy += WIDE) {

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bridle.guards import is_observed, is_plain, is_watched
-from bridle.native.compiling import compiled_from
-from bridle.native.loading import load_library
+from bridle.native.loading import library_of, load_library
 from bridle.native.sharing import for_each, shares
 
 __all__ = ["convolved", "library", "load", "served"]
@@ -61,7 +60,7 @@ def load(place: Path) -> Any:
     return load_library(place, _SOURCE, functions, "convolutions_source")
 
 
-library: Any = load(compiled_from(_SOURCE))
+library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
 
 

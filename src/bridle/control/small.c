@@ -16,8 +16,7 @@
 
 #define LAYERS 8
 #define ROWS 96   /* states at a time: their layers of 64 fill half a cache of 64 KiB */
-#define HIGH 6    /* rows of C, and */
-#define WIDE 16   /* columns of it, that are summed in registers */
+#define WIDE (2 * LANES) /* columns of C that are summed in registers, of HIGH rows */
 
 typedef struct {
   int64_t rows, layers, tanh, transposed;
@@ -39,68 +38,60 @@ static int64_t most(const perceptron *net) {
   return found;
 }
 
-/* C[high, 16] (+)= A B with A(i, k) = a[i da + k dk] and B(k, ·) = b + k db; the first `columns` columns of it. */
-INLINE void block(const int high, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, int64_t db,
-                  float *c, int64_t dc, int64_t columns, int add) {
-  vec sum[HIGH][2];
-  UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (vec){0};
+/* C[high, parts LANES] (+)= A B with A(i, k) = a[i da + k dk] and B(k, .) = b + k db; the first `columns` columns of it. */
+INLINE void block(const int high, const int parts, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
+                  int64_t db, float *c, int64_t dc, int64_t columns, int add) {
+  reg sum[HIGH][2];
+  UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (reg){0};
   for (int64_t k = 0; k < depth; k++) {
-    const vec left = *(const vec *)(b + k * db), right = *(const vec *)(b + k * db + 8);
+    const reg left = *(const reg *)(b + k * db), right = *(const reg *)(b + k * db + LANES * (parts - 1));
     UNROLL for (int i = 0; i < high; i++) {
       const float one = a[i * da + k * dk];
       sum[i][0] += one * left;
-      sum[i][1] += one * right;
+      if (parts == 2) sum[i][1] += one * right;
     }
   }
-  if (columns == WIDE && add) {
-    UNROLL for (int i = 0; i < high; i++) {
-      vec *to = (vec *)(c + i * dc);
-      to[0] += sum[i][0], to[1] += sum[i][1];
-    }
-  } else if (columns == WIDE) {
-    UNROLL for (int i = 0; i < high; i++) {
-      vec *to = (vec *)(c + i * dc);
-      to[0] = sum[i][0], to[1] = sum[i][1];
-    }
-  } else {
-    float own[HIGH * WIDE];
-    UNROLL for (int i = 0; i < high; i++) {
-      vec *to = (vec *)(own + i * WIDE);
-      to[0] = sum[i][0], to[1] = sum[i][1];
-    }
-    for (int i = 0; i < high; i++)
-      for (int64_t j = 0; j < columns; j++) c[i * dc + j] = add ? c[i * dc + j] + own[i * WIDE + j] : own[i * WIDE + j];
+  const int whole = columns == LANES * parts;
+  float own[HIGH * WIDE];
+  if (whole && add) {
+    UNROLL for (int i = 0; i < high; i++)
+      for (int j = 0; j < parts; j++) *(reg *)(c + i * dc + LANES * j) += sum[i][j];
+    return;
   }
+  UNROLL for (int i = 0; i < high; i++)
+    for (int j = 0; j < parts; j++) *(reg *)((whole ? c + i * dc : own + i * WIDE) + LANES * j) = sum[i][j];
+  if (whole) return;
+  for (int i = 0; i < high; i++)
+    for (int64_t j = 0; j < columns; j++) c[i * dc + j] = add ? c[i * dc + j] + own[i * WIDE + j] : own[i * WIDE + j];
 }
 
-/* C[m, n] (+)= A B; `pad` holds [depth, 16] for columns that do not fill a block. */
-CLONES static void product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
-                    int64_t db, float *c, int64_t dc, int add, float *pad) {
+/* C[m, n] (+)= A B; `pad` holds [depth, WIDE] for columns that do not fill a block. */
+static void product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, int64_t db,
+                    float *c, int64_t dc, int add, float *pad) {
   for (int64_t j = 0; j < n; j += WIDE) {
-    const int64_t columns = n - j < WIDE ? n - j : WIDE;
+    const int64_t columns = least(WIDE, n - j);
     const float *from = b + j;
     int64_t step = db;
-    if (columns < WIDE) {
+    if (columns % LANES) {
       for (int64_t k = 0; k < depth; k++)
         for (int64_t i = 0; i < WIDE; i++) pad[k * WIDE + i] = i < columns ? b[k * db + j + i] : 0.0f;
       from = pad, step = WIDE;
     }
-    int64_t i = 0;
-    for (; i + HIGH <= m; i += HIGH) block(HIGH, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add);
-    switch (m - i) {
-      case 5: block(5, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add); break;
-      case 4: block(4, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add); break;
-      case 3: block(3, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add); break;
-      case 2: block(2, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add); break;
-      case 1: block(1, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add); break;
+#define CALL(high)                                                                                                         \
+  if (columns > LANES) block(high, 2, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add);            \
+  else block(high, 1, depth, a + i * da, da, dk, from, step, c + i * dc + j, dc, columns, add)
+    for (int64_t i = 0, high; i < m; i += high) {
+      high = next_high(m - i);
+      FOR_HIGH(high, CALL)
     }
+#undef CALL
   }
 }
 
 /* C[m, n] += A B; where few columns would leave blocks half empty and A lies column by column, C^T = B^T A^T. */
-CLONES static void add_product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
+static void add_product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
                                float *restrict c, float *restrict pad) {
-  if (n > WIDE / 2 || m < WIDE || m % WIDE || da != 1) {
+  if (n > 8 || m % 16 || da != 1) {
     product(m, n, depth, a, da, dk, b, n, c, n, 1, pad);
     return;
   }
@@ -127,7 +118,7 @@ INLINE float tanh_of(float x) {
   return x * p / q;
 }
 
-CLONES static void activate(float *restrict layer, const float *restrict bias, int64_t rows, int64_t width, int tanh) {
+static void activate(float *restrict layer, const float *restrict bias, int64_t rows, int64_t width, int tanh) {
   for (int64_t i = 0; i < rows; i++, layer += width)
     if (tanh)
       for (int64_t j = 0; j < width; j++) layer[j] = tanh_of(layer[j] + bias[j]);
@@ -149,7 +140,7 @@ EXPORT int64_t perceptron_work(const perceptron *net) {
 EXPORT int64_t perceptron_source(void) { return SOURCE; }
 
 /* out(j, i) = h_i W_j^T + b_j of few outputs: sums along a row instead of blocks that would stand half empty. */
-CLONES static void outputs(int64_t rows, int64_t n, int64_t in, const float *restrict h, const float *restrict weight,
+static void outputs(int64_t rows, int64_t n, int64_t in, const float *restrict h, const float *restrict weight,
                            const float *restrict bias, float *restrict out, int64_t across, int64_t along) {
   for (int64_t i = 0; i < rows; i++, h += in)
     for (int64_t j = 0; j < n; j++) {
@@ -165,7 +156,7 @@ CLONES static void outputs(int64_t rows, int64_t n, int64_t in, const float *res
 }
 
 /* Slopes through f, whose values are `layer`: 1 - h^2, or whether h is above 0. */
-CLONES static void through(int64_t count, const float *restrict layer, float *restrict slopes, int tanh) {
+static void through(int64_t count, const float *restrict layer, float *restrict slopes, int tanh) {
   if (tanh)
     for (int64_t i = 0; i < count; i++) slopes[i] *= 1.0f - layer[i] * layer[i];
   else
@@ -173,7 +164,7 @@ CLONES static void through(int64_t count, const float *restrict layer, float *re
 }
 
 /* gradient_j += sum_i A(i, j) with A(i, j) = a[i da + j dk]. */
-CLONES static void add_columns(int64_t rows, int64_t n, const float *restrict a, int64_t da, int64_t dk,
+static void add_columns(int64_t rows, int64_t n, const float *restrict a, int64_t da, int64_t dk,
                                float *restrict gradient) {
   if (dk == 1)
     for (int64_t i = 0; i < rows; i++)
@@ -207,9 +198,9 @@ INLINE void turn(const perceptron *net, float *turned, const float **weights) {
     const int64_t in = net->width[k], out = net->width[k + 1];
     weights[k] = net->weight[k];
     if (net->transposed) continue;
-    for (int64_t from = 0; from < out; from += WIDE) /* a cache line of what is written at a time */
+    for (int64_t from = 0; from < out; from += 16) /* a cache line of what is written at a time */
       for (int64_t i = 0; i < in; i++)
-        for (int64_t j = from; j < out && j < from + WIDE; j++) turned[i * out + j] = net->weight[k][j * in + i];
+        for (int64_t j = from; j < out && j < from + 16; j++) turned[i * out + j] = net->weight[k][j * in + i];
     weights[k] = turned, turned += in * out;
   }
 }
@@ -249,7 +240,7 @@ INLINE void down(const perceptron *net, int64_t at, int64_t rows, const float *x
   }
 }
 
-EXPORT CLONES void perceptron_forward(const perceptron *net, const float *x) {
+EXPORT void perceptron_forward(const perceptron *net, const float *x) {
   const room place = room_of(net);
   const float *weights[LAYERS];
   turn(net, place.turned, weights);
@@ -258,7 +249,7 @@ EXPORT CLONES void perceptron_forward(const perceptron *net, const float *x) {
 }
 
 /* `slopes` [out, rows]: of the loss, with respect to each output. */
-EXPORT CLONES void perceptron_backward(const perceptron *net, const float *x, const float *slopes) {
+EXPORT void perceptron_backward(const perceptron *net, const float *x, const float *slopes) {
   const room place = room_of(net);
   for (int64_t at = 0; at < net->rows; at += ROWS)
     down(net, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->width[0], slopes + at, net->rows, &place);
@@ -333,22 +324,22 @@ INLINE void normal_down(int64_t n, int64_t width, const float *z, const float *l
   }
 }
 
-EXPORT CLONES int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p,
+EXPORT int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p,
                                       float *logp, float *entropy) {
   return softmax_up(n, actions, z, chosen, logs, p, logp, entropy);
 }
 
-EXPORT CLONES void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
+EXPORT void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
                                     const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
   softmax_down(n, actions, chosen, logs, p, entropy, to_logp, to_entropy, to_z);
 }
 
-EXPORT CLONES void normal_forward(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std,
+EXPORT void normal_forward(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std,
                                   float *z, float *logp) {
   normal_up(n, width, mean, actions, log_std, z, logp);
 }
 
-EXPORT CLONES void normal_backward(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
+EXPORT void normal_backward(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
                                    const float *to_entropy, float *to_mean, float *to_log_std) {
   normal_down(n, width, z, log_std, to_logp, to_entropy, to_mean, to_log_std);
 }
@@ -469,7 +460,7 @@ INLINE void adam_step(const descent *task, int64_t step, float share) {
 
 /* Returns how many steps were taken, which is fewer than S where the next minibatch names what there is not, or its
    gradient is not finite; nothing was moved by that one. */
-EXPORT CLONES int64_t clipped_descent(const perceptron *actor, const perceptron *critic, const descent *task) {
+EXPORT int64_t clipped_descent(const perceptron *actor, const perceptron *critic, const descent *task) {
   int64_t from = 0;
   for (int64_t s = 0; s < task->minibatches; from += task->lengths[s++]) {
     if (!add_gradient(actor, critic, task, from, task->lengths[s])) return s;

@@ -35,7 +35,7 @@ INLINE void turn_over(const vec *rows, float *to, int64_t wide) {
 }
 
 /* to[k][i] = x[i stride + k] of up to SIDE rows; the rest is 0. */
-CLONES static void lay_across(int64_t rows, int64_t n, const float *x, int64_t stride, float *to) {
+static void lay_across(int64_t rows, int64_t n, const float *x, int64_t stride, float *to) {
   for (int64_t i = 0; i < SIDE; i += 8)
     for (int64_t k = 0; k < n; k += 8) {
       vec own[8];
@@ -61,7 +61,7 @@ INLINE ints seen_by(int64_t first, int64_t j) {
 
 /* Scores [keys][SIDE] of queries, of which query i sees the first `begin + i + 1`: 2^(scale (s - the largest)), 0 after them;
    the largest, and 1 / the sum. */
-CLONES static void weigh(int64_t begin, int64_t keys, float scale, float *s, float *largest, float *share) {
+static void weigh(int64_t begin, int64_t keys, float scale, float *s, float *largest, float *share) {
   const vec nothing = (vec){0} - INFINITY;
   vec most[2] = {nothing, nothing}, sum[2] = {{0}, {0}};
   for (int64_t k = 0; k < keys; k++)
@@ -84,7 +84,7 @@ CLONES static void weigh(int64_t begin, int64_t keys, float scale, float *s, flo
 }
 
 /* w = 2^(scale (s - largest)) share in place of s, and w o (d - through) of d; 0 after what query i sees. */
-CLONES static void weigh_back(int64_t begin, int64_t keys, float scale, const float *largest, const float *share,
+static void weigh_back(int64_t begin, int64_t keys, float scale, const float *largest, const float *share,
                               const float *through, float *s, float *d) {
   vec most[2], part[2], less[2];
   for (int i = 0; i < 2; i++) {
@@ -109,23 +109,23 @@ CLONES static void weigh_back(int64_t begin, int64_t keys, float scale, const fl
 }
 
 /* C[rows, n] = A^T B, A [depth][SIDE], B packed with `tall` rows: eight of C at a time where panels are eight wide. */
-CLONES static void gather(int64_t rows, int64_t n, int64_t depth, const float *a, const float *b, int64_t tall, float *c,
+static void gather(int64_t rows, int64_t n, int64_t depth, const float *a, const float *b, int64_t tall, float *c,
                           int64_t dc) {
   for (int64_t j = 0; j < n; j += 16, b += 16 * tall)
     for (int64_t i = 0; i < rows; i += 8)
-      if (n - j > 8) panel(2, least(8, rows - i), depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 16, 0);
-      else if (rows - i >= 8) block(8, 1, depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 8, 0);
-      else panel(1, rows - i, depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 8, 0);
+      if (n - j > 8) panel(1, least(8, rows - i), depth, a + i, 1, SIDE, b, 0, c + i * dc + j, dc, 16, 0);
+      else if (rows - i >= 8) narrow_block(8, depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 8, 0);
+      else narrow_panel(rows - i, depth, a + i, 1, SIDE, b, c + i * dc + j, dc, 8, 0);
 }
 
 /* Row i times by[i]. */
-CLONES static void stretch(int64_t rows, int64_t n, const float *by, float *x, int64_t stride) {
+static void stretch(int64_t rows, int64_t n, const float *by, float *x, int64_t stride) {
   for (int64_t i = 0; i < rows; i++, x += stride)
     for (int64_t j = 0; j < n; j += 8) *(vec *)(x + j) *= by[i];
 }
 
 /* sum over k of a[k][i] b[k][i]. */
-CLONES static void dots(int64_t n, const float *a, const float *b, float *to) {
+static void dots(int64_t n, const float *a, const float *b, float *to) {
   vec sum[2] = {{0}, {0}};
   for (int64_t k = 0; k < n; k++)
     for (int i = 0; i < 2; i++) sum[i] += *(const vec *)(a + k * SIDE + 8 * i) * *(const vec *)(b + k * SIDE + 8 * i);
@@ -147,7 +147,7 @@ INLINE void rows_of(int64_t rows, const float *x, int64_t stride, vec *to) {
 }
 
 /* Scores [keys][8] of queries laid across, of which query i sees the first `begin + i + 1`, -inf after them; the largest. */
-CLONES static void narrow_scores(int64_t begin, int64_t keys, const float *queries, const float *k, float *s, float *largest) {
+static void narrow_scores(int64_t begin, int64_t keys, const float *queries, const float *k, float *s, float *largest) {
   const vec nothing = (vec){0} - INFINITY;
   vec q[8], most = nothing;
   EIGHT q[e] = *(const vec *)(queries + 8 * e);
@@ -161,7 +161,7 @@ CLONES static void narrow_scores(int64_t begin, int64_t keys, const float *queri
 }
 
 /* Of scores: what is read of `v`, as rows, and 1 / the sum of the weights. */
-CLONES static void narrow_read(int64_t rows, int64_t keys, const float *s, const float *largest, const float *v, float *share,
+static void narrow_read(int64_t rows, int64_t keys, const float *s, const float *largest, const float *v, float *share,
                                float *read, int64_t along) {
   const vec most = *(const vec *)largest;
   vec all = {0}, sum[8], turned[8];
@@ -179,7 +179,7 @@ CLONES static void narrow_read(int64_t rows, int64_t keys, const float *s, const
 }
 
 /* The weights again, [keys][8], 0 after what query i sees. */
-CLONES static void narrow_weights(int64_t begin, int64_t keys, const float *queries, const float *k, const float *largest,
+static void narrow_weights(int64_t begin, int64_t keys, const float *queries, const float *k, const float *largest,
                                   const float *share, float *w) {
   const vec most = *(const vec *)largest, part = *(const vec *)share;
   vec q[8];
@@ -191,7 +191,7 @@ CLONES static void narrow_weights(int64_t begin, int64_t keys, const float *quer
 }
 
 /* w o (slope v^T - through), [keys][8]. */
-CLONES static void narrow_slopes(int64_t keys, const float *slopes, const float *v, const float *through, const float *w,
+static void narrow_slopes(int64_t keys, const float *slopes, const float *v, const float *through, const float *w,
                                  float *d) {
   const vec less = *(const vec *)through;
   vec own[8];
@@ -202,7 +202,7 @@ CLONES static void narrow_slopes(int64_t keys, const float *slopes, const float 
 }
 
 /* The rows of d^T k, times `by`. */
-CLONES static void narrow_gather(int64_t rows, int64_t keys, float by, const float *d, const float *k, float *to,
+static void narrow_gather(int64_t rows, int64_t keys, float by, const float *d, const float *k, float *to,
                                  int64_t stride) {
   vec sum[8], turned[8];
   EIGHT sum[e] = (vec){0};
@@ -216,7 +216,7 @@ CLONES static void narrow_gather(int64_t rows, int64_t keys, float by, const flo
 }
 
 /* to[j] += sum over eight queries of w[j][i] x_i. */
-CLONES static void narrow_spread(int64_t rows, int64_t keys, const float *w, const float *x, int64_t stride, float *to) {
+static void narrow_spread(int64_t rows, int64_t keys, const float *w, const float *x, int64_t stride, float *to) {
   vec own[8];
   rows_of(rows, x, stride, own);
   for (int64_t j = 0; j < keys; j++, w += 8, to += 8) {
@@ -228,7 +228,7 @@ CLONES static void narrow_spread(int64_t rows, int64_t keys, const float *w, con
 }
 
 /* Queries laid across, times scale log2 e. */
-CLONES static void narrow_queries(int64_t rows, float scale, const float *q, int64_t stride, float *to) {
+static void narrow_queries(int64_t rows, float scale, const float *q, int64_t stride, float *to) {
   vec own[8];
   rows_of(rows, q, stride, own);
   EIGHT own[e] *= scale * LOG2_E;
@@ -236,7 +236,7 @@ CLONES static void narrow_queries(int64_t rows, float scale, const float *q, int
 }
 
 /* Slopes laid across, and of each its product with what was read. */
-CLONES static void narrow_through(int64_t rows, const float *slope, const float *read, int64_t along, float *to, float *through) {
+static void narrow_through(int64_t rows, const float *slope, const float *read, int64_t along, float *to, float *through) {
   vec own[8], other[8], sum = {0};
   rows_of(rows, slope, along, own), rows_of(rows, read, along, other);
   EIGHT other[e] *= own[e];
@@ -246,7 +246,7 @@ CLONES static void narrow_through(int64_t rows, const float *slope, const float 
   *(vec *)through = sum;
 }
 
-CLONES static void add_rows(int64_t rows, float by, const float *x, float *to, int64_t stride) {
+static void add_rows(int64_t rows, float by, const float *x, float *to, int64_t stride) {
   for (int64_t i = 0; i < rows; i++, x += 8, to += stride) *(vec *)to += *(const vec *)x * by;
 }
 

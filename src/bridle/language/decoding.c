@@ -179,7 +179,7 @@ INLINE float scores_in(const int64_t head, span prompt, span own, const float *q
 
 /* What the queries of `group` heads side by side read of a prompt and of what follows; `w` holds a number for each token, and
    fifteen more. */
-CLONES static void recall(int64_t group, int64_t head, span prompt, span own, float scale, const float *q, float *read, float *w) {
+static void recall(int64_t group, int64_t head, span prompt, span own, float scale, const float *q, float *read, float *w) {
   const int64_t begin = even(prompt.count), all = begin + own.count;
   for (int64_t h = 0; h < group; h++, q += head, read += head) {
     const float largest = head == 8 ? scores_in(8, prompt, own, q, w) : scores_in(head, prompt, own, q, w);
@@ -302,7 +302,7 @@ EXPORT void choice_pack(const choice *c) { pack_turned(c->width, c->vocabulary, 
 EXPORT int64_t choice_work(const choice *c, int64_t states) { return least(states, states_of(c)) * blocks_of(c) * (SOME + 2); }
 
 /* From raw products to logits, of `count` tokens from `first` on: each row's largest, and the sum of e^(z - largest). */
-CLONES static void sum_up(const choice *c, int64_t rows, int64_t first, int64_t count, float *z, int64_t stride, float *sums,
+static void sum_up(const choice *c, int64_t rows, int64_t first, int64_t count, float *z, int64_t stride, float *sums,
                           int64_t apart) {
   for (int64_t i = 0; i < rows; i++, z += stride, sums += apart) {
     for (int64_t j = 0; c->bias && j < count; j++) z[j] += c->bias[first + j];
@@ -320,7 +320,7 @@ CLONES static void sum_up(const choice *c, int64_t rows, int64_t first, int64_t 
   }
 }
 
-CLONES static void exponentials(int64_t count, float largest, const float *z, float *e) {
+static void exponentials(int64_t count, float largest, const float *z, float *e) {
   for (int64_t j = 0; j < count; j += 8) *(vec *)(e + j) = exp_of(*(const vec *)(z + j) - largest);
 }
 

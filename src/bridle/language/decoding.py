@@ -23,8 +23,7 @@ from torch import Tensor
 
 from bridle.core.head import VocabularyHead
 from bridle.language.layers import Layer, Shape, described
-from bridle.native.compiling import compiled_from
-from bridle.native.loading import load_library
+from bridle.native.loading import library_of, load_library
 from bridle.native.sharing import for_each, shares
 
 __all__ = ["Choice", "Stack", "Texts", "library", "load"]
@@ -77,7 +76,7 @@ def load(place: Path) -> Any:
     return load_library(place, _SOURCE, functions, "decoding_source")
 
 
-library: Any = load(compiled_from(_SOURCE))
+library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
 
 

@@ -29,7 +29,7 @@ typedef struct {
   float *work;    /* see layer_work */
 } layer;
 
-CLONES static void norm(int64_t rows, int64_t width, float eps, const float *x, const float *w, float *n) {
+static void norm(int64_t rows, int64_t width, float eps, const float *x, const float *w, float *n) {
   for (int64_t i = 0; i < rows; i++, x += width, n += width) {
     vec squares = {0};
     for (int64_t j = 0; j < width; j += 8) squares += *(const vec *)(x + j) * *(const vec *)(x + j);
@@ -39,7 +39,7 @@ CLONES static void norm(int64_t rows, int64_t width, float eps, const float *x, 
 }
 
 /* act = silu(g) o u, rows of g and u side by side. */
-CLONES static void gate(int64_t rows, int64_t hidden, const float *gate_up, float *act) {
+static void gate(int64_t rows, int64_t hidden, const float *gate_up, float *act) {
   for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden)
     for (int64_t j = 0; j < hidden; j += 8) {
       const vec g = *(const vec *)(gate_up + j);
@@ -63,17 +63,17 @@ INLINE void turn(int64_t rows, int64_t heads, int64_t width, const float *cosine
       }
 }
 
-CLONES static void turn_forth(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
+static void turn_forth(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
                               int64_t stride) {
   turn(rows, heads, width, cosine, sine, x, stride, 0);
 }
 
-CLONES static void turn_back(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
+static void turn_back(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
                              int64_t stride) {
   turn(rows, heads, width, cosine, sine, x, stride, 1);
 }
 
-CLONES static void add_bias(int64_t rows, int64_t n, const float *bias, float *restrict x, int64_t stride) {
+static void add_bias(int64_t rows, int64_t n, const float *bias, float *restrict x, int64_t stride) {
   if (bias)
     for (int64_t i = 0; i < rows; i++, x += stride)
       for (int64_t j = 0; j < n; j++) x[j] += bias[j];

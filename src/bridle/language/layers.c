@@ -29,7 +29,7 @@
 /* ---- what looks at one token alone; widths are multiples of 8 */
 
 /* d += the norm's pull-back of `slope`: with s = rsqrt(mean x^2 + eps), s w o slope - x s^3 mean(x o w o slope). */
-CLONES static void norm_back(int64_t rows, int64_t width, float eps, const float *x, const float *w, const float *slope, float *d,
+static void norm_back(int64_t rows, int64_t width, float eps, const float *x, const float *w, const float *slope, float *d,
                              float *restrict w_gradient) {
   for (int64_t i = 0; i < rows; i++, x += width, slope += width, d += width) {
     vec squares = {0}, along = {0};
@@ -60,7 +60,7 @@ EXPORT void norm_at_back(int64_t n, int64_t width, float eps, const float *x, co
 }
 
 /* From d = the slope of act: act again, and the slopes of g and u. */
-CLONES static void gate_back(int64_t rows, int64_t hidden, const float *gate_up, const float *d, float *act, float *slope) {
+static void gate_back(int64_t rows, int64_t hidden, const float *gate_up, const float *d, float *act, float *slope) {
   for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden, d += hidden, slope += 2 * hidden)
     for (int64_t j = 0; j < hidden; j += 8) {
       const vec g = *(const vec *)(gate_up + j), u = *(const vec *)(gate_up + hidden + j), own = *(const vec *)(d + j);
@@ -71,7 +71,7 @@ CLONES static void gate_back(int64_t rows, int64_t hidden, const float *gate_up,
     }
 }
 
-CLONES static void sum_rows(int64_t rows, int64_t n, const float *x, int64_t stride, float *restrict sum) {
+static void sum_rows(int64_t rows, int64_t n, const float *x, int64_t stride, float *restrict sum) {
   if (sum)
     for (int64_t i = 0; i < rows; i++, x += stride)
       for (int64_t j = 0; j < n; j++) sum[j] += x[j];
@@ -111,7 +111,7 @@ EXPORT int64_t layer_work(const layer *l) {
 EXPORT int64_t layers_source(void) { return SOURCE; }
 
 /* exp of n numbers, a multiple of 8, as the functions above take it. */
-CLONES static void exponential(int64_t n, const float *x, float *y) {
+static void exponential(int64_t n, const float *x, float *y) {
   for (int64_t i = 0; i < n; i += 8) *(vec *)(y + i) = exp_of(*(const vec *)(x + i));
 }
 EXPORT void layer_exponential(int64_t n, const float *x, float *y) { exponential(n, x, y); }

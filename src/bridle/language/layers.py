@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridle.native.compiling import compiled_from
-from bridle.native.loading import load_library
+from bridle.native.loading import library_of, load_library
 from bridle.native.sharing import for_each, shares
 
 __all__ = [
@@ -78,7 +77,7 @@ def load(place: Path) -> Any:
     return load_library(place, _SOURCE, functions, "layers_source")
 
 
-library: Any = load(compiled_from(_SOURCE))
+library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
 
 

@@ -5,76 +5,98 @@
 
 #include "../native/simd.h"
 
-#define HIGH 6   /* rows of a product summed in registers, over 16 columns */
-#define TALL 12  /* the same over 8 columns */
+#define PANELS (2 / PARTS) /* that are gone through at a time */
+#define TALL 12                 /* rows of a product summed in registers, over 8 columns */
 
 typedef uint32_t bits __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE vec pick(ints where, vec yes, vec no) { return (vec)((where & (ints)yes) | (~where & (ints)no)); }
 
-/* C[high, 8 wide] (+)= A B, A(i, k) = a[i da + k dk], B(k, .) = b + 8 wide k. */
-INLINE void block(const int high, const int wide, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
-                  float *c, int64_t dc, int64_t columns, int add) {
-  vec sum[TALL][2];
-  for (int i = 0; i < high; i++)
-    for (int j = 0; j < wide; j++) sum[i][j] = (vec){0};
-  for (int64_t k = 0; k < depth; k++, b += 8 * wide) {
-    const vec left = *(const vec *)b, right = *(const vec *)(b + 8 * (wide - 1));
-    for (int i = 0; i < high; i++) {
+/* C[high, 16 panels] (+)= A B, A(i, k) = a[i da + k dk], B(k, .) = b + 16 k, of a second panel `apart` behind that; the first
+   `columns` columns of it. */
+INLINE void block(const int high, const int panels, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
+                  int64_t apart, float *c, int64_t dc, int64_t columns, int add) {
+  const int parts = panels * PARTS;
+  reg sum[HIGH][2];
+  UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (reg){0};
+  for (int64_t k = 0; k < depth; k++, b += 16) {
+    const reg left = *(const reg *)b, right = *(const reg *)(PARTS == 2 ? b + LANES : panels == 2 ? b + apart : b);
+    UNROLL for (int i = 0; i < high; i++) {
       const float one = a[i * da + k * dk];
       sum[i][0] += one * left;
-      if (wide == 2) sum[i][1] += one * right;
+      if (parts == 2) sum[i][1] += one * right;
     }
+  }
+  const int whole = columns == 16 * panels;
+  float own[HIGH * 2 * LANES];
+  if (whole && add) {
+    UNROLL for (int i = 0; i < high; i++)
+      for (int j = 0; j < parts; j++) *(reg *)(c + i * dc + LANES * j) += sum[i][j];
+    return;
+  }
+  UNROLL for (int i = 0; i < high; i++)
+    for (int j = 0; j < parts; j++) *(reg *)((whole ? c + i * dc : own + i * 2 * LANES) + LANES * j) = sum[i][j];
+  if (whole) return;
+  for (int i = 0; i < high; i++)
+    for (int64_t j = 0; j < columns; j++) c[i * dc + j] = add ? c[i * dc + j] + own[i * 2 * LANES + j] : own[i * 2 * LANES + j];
+}
+
+/* The same of a panel of 8 columns, B(k, .) = b + 8 k. */
+INLINE void narrow_block(const int high, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, float *c,
+                         int64_t dc, int64_t columns, int add) {
+  vec sum[TALL];
+  for (int i = 0; i < high; i++) sum[i] = (vec){0};
+  for (int64_t k = 0; k < depth; k++, b += 8) {
+    const vec all = *(const vec *)b;
+    for (int i = 0; i < high; i++) sum[i] += a[i * da + k * dk] * all;
   }
   for (int i = 0; i < high; i++) {
     float *row = c + i * dc;
-    if (columns == 8 * wide)
-      for (int j = 0; j < wide; j++) {
-        vec *to = (vec *)row + j;
-        if (add) *to += sum[i][j];
-        else *to = sum[i][j];
-      }
-    else
-      for (int64_t j = 0; j < columns; j++) {
-        const float one = sum[i][j / 8][j % 8];
-        row[j] = add ? row[j] + one : one;
-      }
+    if (columns == 8) {
+      if (add) *(vec *)row += sum[i];
+      else *(vec *)row = sum[i];
+    } else
+      for (int64_t j = 0; j < columns; j++) row[j] = add ? row[j] + sum[i][j] : sum[i][j];
   }
 }
 
-#define ROWS_OF(n) \
-  case n: block(n, wide, depth, a, da, dk, b, c, dc, columns, add); break
-
-/* One panel of C = A B, all its rows. */
-INLINE void panel(const int wide, int64_t m, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, float *c,
-                  int64_t dc, int64_t columns, int add) {
-  const int most = wide == 2 ? HIGH : TALL;
-  for (; m >= most; m -= most, a += most * da, c += most * dc) block(most, wide, depth, a, da, dk, b, c, dc, columns, add);
-  if (wide == 1 && m >= 6) {
-    block(6, 1, depth, a, da, dk, b, c, dc, columns, add);
-    m -= 6, a += 6 * da, c += 6 * dc;
+/* Panels of C = A B, all their rows. */
+INLINE void panel(const int panels, int64_t m, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
+                  int64_t apart, float *c, int64_t dc, int64_t columns, int add) {
+  for (int64_t high; m; m -= high, a += high * da, c += high * dc) {
+    high = next_high(m);
+#define CALL(n) block(n, panels, depth, a, da, dk, b, apart, c, dc, columns, add)
+    FOR_HIGH(high, CALL)
+#undef CALL
   }
-  switch (m) {
-    ROWS_OF(5);
-    ROWS_OF(4);
-    ROWS_OF(3);
-    ROWS_OF(2);
-    ROWS_OF(1);
+}
+
+INLINE void narrow_panel(int64_t m, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, float *c, int64_t dc,
+                         int64_t columns, int add) {
+  for (; m >= TALL; m -= TALL, a += TALL * da, c += TALL * dc) narrow_block(TALL, depth, a, da, dk, b, c, dc, columns, add);
+  for (int64_t high; m; m -= high, a += high * da, c += high * dc) {
+    high = least(m, 6);
+#define CALL(n) narrow_block(n, depth, a, da, dk, b, c, dc, columns, add)
+    FOR_HIGH(high, CALL)
+#undef CALL
   }
 }
 
 /* C[m, n] (+)= A B, B packed with `tall` rows, of which the first `depth` count. */
-CLONES static void product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
-                           int64_t tall, float *c, int64_t dc, int add) {
-  for (int64_t j = 0; j < n; j += 16, b += 16 * tall)
-    if (n - j > 8) panel(2, m, depth, a, da, dk, b, c + j, dc, least(n - j, 16), add);
-    else panel(1, m, depth, a, da, dk, b, c + j, dc, n - j, add);
+static void product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b, int64_t tall,
+                    float *c, int64_t dc, int add) {
+  for (int64_t j = 0; j < n;) {
+    const int64_t left = n - j;
+    if (PANELS == 2 && left > 24) panel(PANELS, m, depth, a, da, dk, b, 16 * tall, c + j, dc, least(left, 32), add), j += 32, b += 32 * tall;
+    else if (left > 8) panel(1, m, depth, a, da, dk, b, 0, c + j, dc, least(left, 16), add), j += 16, b += 16 * tall;
+    else narrow_panel(m, depth, a, da, dk, b, c + j, dc, left, add), j += 8;
+  }
 }
 
 /* Pack B(k, j) = b[k db + j] as rows at ... at + depth - 1 of panels with `tall`; the last panel is 8 wide where no more
    columns are left, the rest of a panel 0. */
-CLONES static void pack_at(int64_t at, int64_t tall, int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+static void pack_at(int64_t at, int64_t tall, int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
   for (int64_t j = 0; j < n; j += 16) {
     const int64_t wide = n - j > 8 ? 16 : 8, columns = least(n - j, wide);
     float *row = to + wide * at;
@@ -110,7 +132,7 @@ INLINE void turn_eight(const float *from, int64_t along, float *to, int64_t high
 }
 
 /* Pack B(k, j) = b[j db + k]. */
-CLONES static void pack_turned(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+static void pack_turned(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
   const int64_t whole = depth / 8 * 8;
   for (int64_t j = 0; j < n; j += 16) {
     const int64_t wide = n - j > 8 ? 16 : 8, columns = least(n - j, wide), turned = columns / 8 * 8;
@@ -122,32 +144,36 @@ CLONES static void pack_turned(int64_t depth, int64_t n, const float *b, int64_t
   }
 }
 
-/* Pack A(i, k) = a[k da + i] as rows at ... at + depth - 1 of panels of 6 columns i with `tall`: for sums over many rows, in
+/* Pack A(i, k) = a[k da + i] as rows at ... at + depth - 1 of panels of HIGH columns i with `tall`: for sums over many rows, in
    which rows as they lie would each be a page and fall into the same few lines of a cache. What is left of the last panel
    is not written. */
-CLONES static void pack_high(int64_t at, int64_t tall, int64_t depth, int64_t m, const float *a, int64_t da, float *to) {
+static void pack_high(int64_t at, int64_t tall, int64_t depth, int64_t m, const float *a, int64_t da, float *to) {
   const int64_t whole = m / HIGH * HIGH;
   for (int64_t first = 0; first < depth; first += 8) { /* few rows, that their lines stay until all panels have theirs */
     const int64_t rows = least(8, depth - first);
     for (int64_t i = 0; i < m; i += HIGH) {
       const float *from = a + first * da + i;
       float *row = to + i * tall + HIGH * (at + first);
-      if (i < whole)
-        for (int64_t k = 0; k < rows; k++, row += HIGH, from += da) {
-          *(four *)row = *(const four *)from;
-          row[4] = from[4], row[5] = from[5];
-        }
-      else
-        for (int64_t k = 0; k < rows; k++, row += HIGH, from += da)
+      for (int64_t k = 0; k < rows; k++, row += HIGH, from += da)
+        if (i < whole) memcpy(row, from, HIGH * sizeof *row);
+        else
           for (int64_t j = 0; j < m - i; j++) row[j] = from[j];
     }
   }
 }
 
 /* C[m, n] += A B of a whole depth, A packed by pack_high and B into panels. */
-CLONES static void deep_product(int64_t m, int64_t n, int64_t depth, const float *a, const float *b, float *c, int64_t dc) {
-  for (int64_t j = 0; j < n; j += 16, b += 16 * depth)
-    for (int64_t i = 0; i < m; i += HIGH)
-      if (n - j > 8) panel(2, least(HIGH, m - i), depth, a + i * depth, 1, HIGH, b, c + i * dc + j, dc, least(n - j, 16), 1);
-      else panel(1, least(HIGH, m - i), depth, a + i * depth, 1, HIGH, b, c + i * dc + j, dc, n - j, 1);
+static void deep_product(int64_t m, int64_t n, int64_t depth, const float *a, const float *b, float *c, int64_t dc) {
+  for (int64_t j = 0; j < n;) {
+    const int64_t left = n - j, wide = PANELS == 2 && left > 24 ? 32 : left > 8 ? 16 : 8;
+    for (int64_t i = 0; i < m; i += HIGH) {
+      const int64_t high = least(HIGH, m - i);
+      const float *from = a + i * depth;
+      float *to = c + i * dc + j;
+      if (wide == 32) panel(PANELS, high, depth, from, 1, HIGH, b, 16 * depth, to, dc, least(left, 32), 1);
+      else if (wide == 16) panel(1, high, depth, from, 1, HIGH, b, 0, to, dc, least(left, 16), 1);
+      else narrow_panel(high, depth, from, 1, HIGH, b, to, dc, left, 1);
+    }
+    j += wide, b += wide * depth;
+  }
 }

@@ -56,7 +56,7 @@ EXPORT int64_t head_work(const head *h) {
 }
 
 /* The logits of `count` tokens from `first` on, [rows, SOME]. */
-CLONES static void logits_of(const side *s, int64_t rows, int64_t first, int64_t count, float *packed, float *z) {
+static void logits_of(const side *s, int64_t rows, int64_t first, int64_t count, float *packed, float *z) {
   pack_turned(s->width, count, s->weight + first * s->width, s->width, packed);
   product(rows, count, s->width, s->hidden, s->width, 1, packed, s->width, z, SOME, 0);
   for (int64_t i = 0; s->bias && i < rows; i++)
@@ -77,7 +77,7 @@ INLINE float most_of(int64_t count, const float *z, float most) {
 }
 
 /* Take the logits of some tokens up into the sums of all positions. */
-CLONES static void take_up(int64_t rows, int64_t count, const float *z, const float *y, double *sums) {
+static void take_up(int64_t rows, int64_t count, const float *z, const float *y, double *sums) {
   for (int64_t i = 0; i < rows; i++, z += SOME, y += y ? SOME : 0, sums += COLUMNS) {
     const float most = most_of(count, z, (float)sums[MOST]);
     vec total = {0}, with_z = {0}, with_gap = {0};
@@ -145,7 +145,7 @@ EXPORT void head_join(const head *h, int64_t parts) {
 }
 
 /* d loss / dz of some tokens, from `first` on, at all positions. */
-CLONES static void slopes_of(const head *h, int64_t first, int64_t count, const float *z, const float *y, float *d) {
+static void slopes_of(const head *h, int64_t first, int64_t count, const float *z, const float *y, float *d) {
   for (int64_t i = 0; i < h->rows; i++, z += SOME, y += h->c ? SOME : 0, d += SOME) {
     const double *s = h->sums + i * COLUMNS, log_total = log(s[TOTAL]);
     const float most = (float)s[MOST], by = (float)(1.0 / s[TOTAL]), a = h->a ? h->a[i] : 0.0f, b = h->b ? h->b[i] : 0.0f;

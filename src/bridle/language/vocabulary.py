@@ -21,8 +21,7 @@ from bridle.core import head as plain
 from bridle.core import logprobs as plainer
 from bridle.core._vocabulary import Shaping
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead, Weighing
-from bridle.native.compiling import compiled_from
-from bridle.native.loading import load_library
+from bridle.native.loading import library_of, load_library
 from bridle.native.sharing import for_each, shares
 
 __all__ = ["head_answers", "library", "load", "token_logprobs"]
@@ -75,7 +74,7 @@ def load(place: Path) -> Any:
     return load_library(place, _SOURCE, functions, "head_source")
 
 
-library: Any = load(compiled_from(_SOURCE))
+library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
 
 

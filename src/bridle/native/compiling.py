@@ -6,6 +6,7 @@ python -m bridle.native.compiling      does it later, or again
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import sys
 import zlib
 from pathlib import Path
 
-__all__ = ["SOURCES", "checksum", "compile_source", "compiled_from"]
+__all__ = ["LEVELS", "SOURCES", "checksum", "compile_all", "compile_source", "compiled_from"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = (
@@ -25,6 +26,12 @@ SOURCES = (
     _PACKAGE / "language" / "decoding.c",
 )
 """What there is to compile; each is a library of its own."""
+
+LEVELS = ("x86-64-v4", "x86-64-v3", "") if platform.machine() in ("x86_64", "AMD64") else ("",)
+"""What processors there are to compile for, the best first: those with AVX-512, those with AVX2 and FMA, and any.
+
+The names are those of the x86-64 psABI. What is loaded is found by :mod:`bridle.native.loading`.
+"""
 
 _FLAGS = (
     "-O3",
@@ -38,9 +45,9 @@ _FLAGS = (
 )
 
 
-def compiled_from(source: Path) -> Path:
-    """Where the library of a source lies: ``_small.so`` beside ``small.c``."""
-    return source.with_name(f"_{source.stem}.so")
+def compiled_from(source: Path, level: str = "") -> Path:
+    """Where the library of a source lies: ``_small.so`` beside ``small.c``, and ``_small.x86-64-v3.so`` for one of LEVELS."""
+    return source.with_name(f"_{source.stem}.{level}.so" if level else f"_{source.stem}.so")
 
 
 def checksum(source: Path) -> int:
@@ -54,8 +61,24 @@ def _whole(source: Path) -> bytes:
     return own + b"".join(_whole(source.parent / name.decode()) for name in headers)
 
 
-def compile_source(source: Path, place: Path) -> str | None:
-    """Compile ``source`` to ``place``; return why not, or None.
+def compile_all(source: Path) -> tuple[list[Path], str | None]:
+    """Compile ``source`` for each of LEVELS, beside it; return what was built, and why nothing could be.
+
+    A compiler that does not know a processor leaves that one out; the library for any processor is what must be built.
+    """
+    built = []
+    for level in LEVELS:
+        place = compiled_from(source, level)
+        problem = compile_source(source, place, level)
+        if problem is None:
+            built.append(place)
+        else:
+            place.unlink(missing_ok=True)
+    return built, problem
+
+
+def compile_source(source: Path, place: Path, level: str = "") -> str | None:
+    """Compile ``source`` to ``place`` for one of LEVELS; return why not, or None.
 
     The compiler is the one that CC names, else cc. What is at ``place`` stays until the new one is whole. The source can
     tell its own checksum: it is given as SOURCE.
@@ -67,9 +90,10 @@ def compile_source(source: Path, place: Path) -> str | None:
     if not compiler or shutil.which(compiler[0]) is None:
         return f"there is no C compiler {' '.join(compiler)!r}"
     fresh = place.with_suffix(f".{os.getpid()}.tmp")
+    flags = (*_FLAGS, f"-march={level}") if level else _FLAGS
     try:
         done = subprocess.run(
-            [*compiler, *_FLAGS, f"-DSOURCE={checksum(source)}", "-o", str(fresh), str(source), "-lm"],
+            [*compiler, *flags, f"-DSOURCE={checksum(source)}", "-o", str(fresh), str(source), "-lm"],
             capture_output=True,
             text=True,
             check=False,
@@ -91,10 +115,10 @@ def _main() -> None:
         sys.stdout.write(f"usage: python -m bridle.native.compiling\n\n{what}\n")
         sys.exit(0 if sys.argv[1] in ("-h", "--help") else 2)
     for source in SOURCES:
-        problem = compile_source(source, compiled_from(source))
+        built, problem = compile_all(source)
         if problem:
             sys.exit(f"{source.name} was not compiled: {problem}")
-        sys.stdout.write(f"built {compiled_from(source)}\n")
+        sys.stdout.writelines(f"built {place}\n" for place in built)
 
 
 if __name__ == "__main__":

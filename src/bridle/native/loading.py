@@ -7,9 +7,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bridle.native.compiling import LEVELS, compiled_from
 from bridle.native.compiling import checksum as checksum_of
 
-__all__ = ["load_library"]
+__all__ = ["levels_here", "library_of", "load_library"]
+
+
+def levels_here() -> tuple[str, ...]:
+    """Those of LEVELS that this processor runs, the best first.
+
+    As PyTorch sees it, whose ATEN_CPU_CAPABILITY=avx2 or =default takes away what is better here too.
+    """
+    sees = torch.backends.cpu.get_cpu_capability()
+    lacking = {"AVX512": (), "AVX2": ("x86-64-v4",)}.get(sees, ("x86-64-v4", "x86-64-v3"))
+    return tuple(level for level in LEVELS if level not in lacking)
+
+
+def library_of(source: Path) -> Path:
+    """Where the best library that this processor runs lies of those that there are, or where one would."""
+    places = [compiled_from(source, level) for level in levels_here()]
+    return next((place for place in places if place.is_file()), places[-1])
 
 
 def load_library(place: Path, source: Path, functions: Mapping[str, tuple[Any, Sequence[Any]]], checksum: str) -> Any:
