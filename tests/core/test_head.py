@@ -39,6 +39,7 @@ def test_answers_and_gradient_are_those_of_the_plain_formula(softcap: float | No
         logp=log_pi[torch.arange(N), targets],
         entropy=-(log_pi.exp() * log_pi).sum(-1),
         kl=(log_pi.exp() * (log_pi - plain(theirs, ref, 0.8))).sum(-1),
+        ref_logp=plain(theirs, ref, 0.8)[torch.arange(N), targets],
     )
     loss = sum(
         (slope * answer).sum()
@@ -63,7 +64,7 @@ def test_answers_and_gradient_are_those_of_the_plain_formula(softcap: float | No
         weight_grad=grads[0],
         bias_grad=grads[1],
     )
-    for name in ("logp", "entropy", "kl"):
+    for name in ("logp", "entropy", "kl", "ref_logp"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name).detach(), atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(hidden_grad, by_autograd[0], atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(grads[0] - 1, by_autograd[1], atol=1e-12, rtol=1e-10)

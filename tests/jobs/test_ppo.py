@@ -286,11 +286,17 @@ def test_group_judges_see_the_answers_to_one_prompt_together(world: Path, tmp_pa
     assert any(row["score"] for row in held_out)
 
 
-def test_bfloat16_recomputes_the_old_log_probs(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("halved", [False, True], ids=["shadow", "compiled"])
+def test_bfloat16_recomputes_the_old_log_probs(
+    halved: bool, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless sampler and trainer say the same to the bit, as compiled layers of a tiny model may."""
+    if not halved:
+        monkeypatch.setattr("bridle.language.layers.halved", None)
     run(config(world, tmp_path / "run", steps=2, run={"dtype": "bfloat16"}))
     for row in Run.open(tmp_path / "run").metrics():
         if "clip_fraction" in row:
-            assert row["old_logp_recomputed"] == 1.0
+            assert row["old_logp_recomputed"] == (float(str(row["sampler_gap_max"])) > 0)
             assert float(str(row["first_ratio_gap_mean"])) < 0.02
     assert load_file(tmp_path / "run/policy/model.safetensors")["lm_head.weight"].dtype == torch.float32
 

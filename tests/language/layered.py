@@ -73,7 +73,8 @@ def formula(shape: Shape, x: Tensor, cosine: Tensor, sine: Tensor, weights: list
         read.append(torch.softmax(scores.masked_fill(future, -math.inf), -1) @ v[..., theirs])
     h = x + out(torch.cat(read, -1))
     m = norm(h, w2, shape.second_eps)
-    return h + down(gate(m) * torch.sigmoid(gate(m)) * up(m))
+    opened = gate(m)
+    return h + down(opened * torch.sigmoid(opened) * up(m))
 
 
 def quick(family: str, **changes: Any) -> tuple[Any, Any]:

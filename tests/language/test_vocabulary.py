@@ -61,7 +61,7 @@ def drawn(case: Case) -> tuple[list[tuple[Tensor, VocabularyHead]], Tensor]:
 
 
 def definitions(sides: list[tuple[Tensor, VocabularyHead]], targets: Tensor, tau: float) -> list[Tensor]:
-    """log π(target), H and KL in the inputs' dtype."""
+    """log π(target), H, KL and log ref(target) in the inputs' dtype."""
     logs = []
     for hidden, head in sides:
         z = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
@@ -69,7 +69,8 @@ def definitions(sides: list[tuple[Tensor, VocabularyHead]], targets: Tensor, tau
     own, *other = logs
     p, finite = own.exp(), own.masked_fill(own == -math.inf, 0.0)
     kl = [(p * (finite - ref.masked_fill(own == -math.inf, 0.0))).sum(-1) for ref in other]
-    return [own.gather(1, targets[:, None])[:, 0], -(p * finite).sum(-1), *kl]
+    at_targets = [log.gather(1, targets[:, None])[:, 0] for log in logs]
+    return [at_targets[0], -(p * finite).sum(-1), *kl, *at_targets[1:]]
 
 
 def in_float64(head: VocabularyHead) -> VocabularyHead:
@@ -109,9 +110,9 @@ def test_answers_and_gradients_are_those_of_the_definitions(
     exact = [(h.double(), in_float64(side)) for h, side in sides]
     exact[0][0].requires_grad_()
     expected = definitions(exact, targets, 0.7)
-    sum((w * one).sum() for w, one in zip(weights, expected, strict=True)).backward()
+    sum((w * one).sum() for w, one in zip(weights, expected, strict=False)).backward()
     assert (found.kl is None) is not bool(reference)
-    for one, what in zip(expected, (found.logp, found.entropy, found.kl), strict=False):
+    for one, what in zip(expected, (found.logp, found.entropy, found.kl, found.ref_logp), strict=False):
         assert what is not None
         assert closely(what, one.detach())
     assert slope is not None
@@ -141,7 +142,7 @@ def test_a_loss_may_hold_some_of_the_answers(holding: tuple[str, ...]) -> None:
     )
     exact = [(h.double(), in_float64(side)) for h, side in sides]
     exact[0][0].requires_grad_()
-    expected = dict(zip(("logp", "entropy", "kl"), definitions(exact, targets, 1.0), strict=True))
+    expected = dict(zip(("logp", "entropy", "kl", "ref_logp"), definitions(exact, targets, 1.0), strict=True))
     total = exact[0][0].sum() * 0 + exact[0][1].weight.sum() * 0
     (total + sum((weights[name] * expected[name]).sum() for name in holding)).backward()
     assert slope is not None

@@ -44,6 +44,8 @@ class HeadAnswers:
     """[n] −Σ_v π_v log π_v, nats."""
     kl: Float[Tensor, " n"] | None
     """[n] Σ_v π_v log(π_v/ref_v), nats; None without a reference."""
+    ref_logp: Float[Tensor, " n"] | None
+    """[n] log ref(target), nats, ≤ 0; None without a reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +151,7 @@ def _run(
     grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[HeadAnswers, Tensor | None]:
     hidden, count = own.projection.hidden, len(own.projection.hidden)
-    logp, entropy, kl = hidden.new_zeros(3, count, dtype=own.projection.dtype).unbind(0)
+    logp, entropy, kl, ref_logp = hidden.new_zeros(4, count, dtype=own.projection.dtype).unbind(0)
     hidden_grad = None if weighing is None else torch.zeros_like(hidden)
     exponentials, products = torch.empty_like(own.block), torch.empty_like(own.block)
     for part in chunks(count, rows):
@@ -166,14 +168,17 @@ def _run(
         if other is not None:
             gap = _log_softmax_(other.logits(other.projection.inputs(part)), product).neg_().add_(z).sub_(log_total)
             kl[part] = (torch.mul(e, gap, out=product).sum(-1, keepdim=True) / total)[:, 0]
+            ref_logp[part] = logp[part] - gap.gather(1, targets[part, None])[:, 0]
         if weighing is None or hidden_grad is None:
             continue
-        found = HeadAnswers(logp=logp[part], entropy=entropy[part], kl=None if gap is None else kl[part])
+        theirs = {"kl": None, "ref_logp": None} if gap is None else {"kl": kl[part], "ref_logp": ref_logp[part]}
+        found = HeadAnswers(logp=logp[part], entropy=entropy[part], **theirs)
         chunk = _Chunk(z=z, e=e, total=total, gap=gap)
         grad = _gradient(weighing(part, found), found, chunk, targets[part])
         if grad is not None:
             _spread(own.projection, own.projection.through_softcap(grad, raw), inputs, hidden_grad[part], grads)
-    return HeadAnswers(logp=logp, entropy=entropy, kl=None if other is None else kl), hidden_grad
+    theirs = {"kl": None, "ref_logp": None} if other is None else {"kl": kl, "ref_logp": ref_logp}
+    return HeadAnswers(logp=logp, entropy=entropy, **theirs), hidden_grad
 
 
 def _gradient(slopes: HeadSlopes, found: HeadAnswers, chunk: _Chunk, targets: Tensor) -> Tensor | None:

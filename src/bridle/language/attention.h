@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#define SIDE 16  /* queries side by side, of heads wider than eight */
+#define SIDE 16  /* queries side by side, of heads wider than eight; of those of eight LANES */
 #define EIGHT for (int e = 0; e < 8; e++)
 #define LOG2_E 1.44269504088896341f
 
@@ -44,67 +44,77 @@ static void lay_across(int64_t rows, int64_t n, const float *x, int64_t stride, 
     }
 }
 
-/* 2^x of what is not above 1, within 2e-7 of it; 0 below -126. Not-a-number comes through. */
-INLINE vec two_to(vec x) {
-  const vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f); /* 1.5 2^23: round(x) stands in its last bits */
-  const vec low = r * 6.9314700e-1f + 1.0f, high = r * 9.6715130e-3f + 5.5507336e-2f, square = r * r;
-  const vec p = ((square * 1.3264727e-3f + high) * r + 2.4022242e-1f) * square + low;
-  const vec y = p * (vec)(((bits)shifted << 23) + 0x3f800000u);
-  return (vec)((ints)y & ~(x < (vec){0} - 126.0f));
-}
+/* 2^x of what is not above 1, within 2e-7 of it; 0 below -126. Not-a-number comes through. Of eight numbers, and of a register. */
+#define TWO_TO(name, type, whole, pattern)                                                                       \
+  INLINE type name(type x) {                                                                                     \
+    const type shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f); /* 1.5 2^23: round(x) in the last bits */ \
+    const type low = r * 6.9314700e-1f + 1.0f, high = r * 9.6715130e-3f + 5.5507336e-2f, square = r * r;         \
+    const type p = ((square * 1.3264727e-3f + high) * r + 2.4022242e-1f) * square + low;                         \
+    const type y = p * (type)(((pattern)shifted << 23) + 0x3f800000u);                                           \
+    return (type)((whole)y & ~(x < (type){0} - 126.0f));                                                         \
+  }
+TWO_TO(two_to, vec, ints, bits)
+TWO_TO(twos_to, reg, flags, patterns)
 
-/* Which of eight queries, of which the first sees `first` keys of a block's diagonal, see key j of it. */
-INLINE ints seen_by(int64_t first, int64_t j) {
-  const ints lanes = {1, 2, 3, 4, 5, 6, 7, 8};
+INLINE reg choose_each(flags where, reg yes, reg no) { return (reg)((where & (flags)yes) | (~where & (flags)no)); }
+
+/* Which queries of a register, of which the first sees `first` keys of a block's diagonal, see key j of it. */
+INLINE flags seen_by(int64_t first, int64_t j) {
+#if LANES == 16
+  const flags lanes = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+#else
+  const flags lanes = {1, 2, 3, 4, 5, 6, 7, 8};
+#endif
   return lanes > (int32_t)(j - first);
 }
 
 /* Scores [keys][SIDE] of queries, of which query i sees the first `begin + i + 1`: 2^(scale (s - the largest)), 0 after them;
    the largest, and 1 / the sum. */
 static void weigh(int64_t begin, int64_t keys, float scale, float *s, float *largest, float *share) {
-  const vec nothing = (vec){0} - INFINITY;
-  vec most[2] = {nothing, nothing}, sum[2] = {{0}, {0}};
+  const reg nothing = (reg){0} - INFINITY;
+  reg most[PARTS], sum[PARTS];
+  for (int i = 0; i < PARTS; i++) most[i] = nothing, sum[i] = (reg){0};
   for (int64_t k = 0; k < keys; k++)
-    for (int i = 0; i < 2; i++) {
-      vec one = *(const vec *)(s + k * SIDE + 8 * i);
-      if (k >= begin) one = pick(seen_by(8 * i, k - begin), one, nothing);
-      most[i] = pick(one > most[i], one, most[i]);
+    for (int i = 0; i < PARTS; i++) {
+      reg one = *(const reg *)(s + k * SIDE + LANES * i);
+      if (k >= begin) one = choose_each(seen_by(LANES * i, k - begin), one, nothing);
+      most[i] = choose_each(one > most[i], one, most[i]);
     }
   for (int64_t k = 0; k < begin; k++)
-    for (int i = 0; i < 2; i++) {
-      vec *at = (vec *)(s + k * SIDE + 8 * i);
-      sum[i] += *at = two_to((*at - most[i]) * scale);
+    for (int i = 0; i < PARTS; i++) {
+      reg *at = (reg *)(s + k * SIDE + LANES * i);
+      sum[i] += *at = twos_to((*at - most[i]) * scale);
     }
   for (int64_t k = begin; k < keys; k++)
-    for (int i = 0; i < 2; i++) {
-      vec *at = (vec *)(s + k * SIDE + 8 * i);
-      sum[i] += *at = (vec)(seen_by(8 * i, k - begin) & (ints)two_to((*at - most[i]) * scale));
+    for (int i = 0; i < PARTS; i++) {
+      reg *at = (reg *)(s + k * SIDE + LANES * i);
+      sum[i] += *at = (reg)(seen_by(LANES * i, k - begin) & (flags)twos_to((*at - most[i]) * scale));
     }
-  for (int i = 0; i < 2; i++) *(vec *)(largest + 8 * i) = most[i], *(vec *)(share + 8 * i) = 1.0f / sum[i];
+  for (int i = 0; i < PARTS; i++) *(reg *)(largest + LANES * i) = most[i], *(reg *)(share + LANES * i) = 1.0f / sum[i];
 }
 
 /* w = 2^(scale (s - largest)) share in place of s, and w o (d - through) of d; 0 after what query i sees. */
 static void weigh_back(int64_t begin, int64_t keys, float scale, const float *largest, const float *share,
                               const float *through, float *s, float *d) {
-  vec most[2], part[2], less[2];
-  for (int i = 0; i < 2; i++) {
-    most[i] = *(const vec *)(largest + 8 * i), part[i] = *(const vec *)(share + 8 * i);
-    less[i] = *(const vec *)(through + 8 * i);
+  reg most[PARTS], part[PARTS], less[PARTS];
+  for (int i = 0; i < PARTS; i++) {
+    most[i] = *(const reg *)(largest + LANES * i), part[i] = *(const reg *)(share + LANES * i);
+    less[i] = *(const reg *)(through + LANES * i);
   }
   for (int64_t k = 0; k < begin; k++)
-    for (int i = 0; i < 2; i++) {
-      vec *at = (vec *)(s + k * SIDE + 8 * i), *slope = (vec *)(d + k * SIDE + 8 * i);
-      const vec w = two_to((*at - most[i]) * scale) * part[i];
+    for (int i = 0; i < PARTS; i++) {
+      reg *at = (reg *)(s + k * SIDE + LANES * i), *slope = (reg *)(d + k * SIDE + LANES * i);
+      const reg w = twos_to((*at - most[i]) * scale) * part[i];
       *at = w;
       *slope = w * (*slope - less[i]);
     }
   for (int64_t k = begin; k < keys; k++)
-    for (int i = 0; i < 2; i++) {
-      vec *at = (vec *)(s + k * SIDE + 8 * i), *slope = (vec *)(d + k * SIDE + 8 * i);
-      const ints seen = seen_by(8 * i, k - begin);
-      const vec w = two_to((*at - most[i]) * scale) * part[i];
-      *at = (vec)(seen & (ints)w);
-      *slope = (vec)(seen & (ints)(w * (*slope - less[i])));
+    for (int i = 0; i < PARTS; i++) {
+      reg *at = (reg *)(s + k * SIDE + LANES * i), *slope = (reg *)(d + k * SIDE + LANES * i);
+      const flags seen = seen_by(LANES * i, k - begin);
+      const reg w = twos_to((*at - most[i]) * scale) * part[i];
+      *at = (reg)(seen & (flags)w);
+      *slope = (reg)(seen & (flags)(w * (*slope - less[i])));
     }
 }
 
@@ -126,100 +136,111 @@ static void stretch(int64_t rows, int64_t n, const float *by, float *x, int64_t 
 
 /* sum over k of a[k][i] b[k][i]. */
 static void dots(int64_t n, const float *a, const float *b, float *to) {
-  vec sum[2] = {{0}, {0}};
-  for (int64_t k = 0; k < n; k++)
-    for (int i = 0; i < 2; i++) sum[i] += *(const vec *)(a + k * SIDE + 8 * i) * *(const vec *)(b + k * SIDE + 8 * i);
-  for (int i = 0; i < 2; i++) *(vec *)(to + 8 * i) = sum[i];
+  for (int i = 0; i < SIDE; i += LANES) {
+    reg sum = {0};
+    for (int64_t k = 0; k < n; k++) sum += *(const reg *)(a + k * SIDE + i) * *(const reg *)(b + k * SIDE + i);
+    *(reg *)(to + i) = sum;
+  }
 }
 
-/* ---- the same of heads of eight: eight queries at a time, what is summed over them or over keys in registers */
+/* ---- the same of heads of eight: a register of queries at a time, what is summed over them or over keys in registers */
 
 /* x_0 y[0] + ... + x_7 y[7], in two sums so that neither waits long. */
-INLINE vec product_of_eight(const vec *x, const float *y) {
-  vec one = x[0] * y[0], other = x[1] * y[1];
+INLINE reg product_of_eight(const reg *x, const float *y) {
+  reg one = x[0] * y[0], other = x[1] * y[1];
   for (int e = 2; e < 8; e += 2) one += x[e] * y[e], other += x[e + 1] * y[e + 1];
   return one + other;
 }
 
-/* Eight rows, of which `rows` are there, the rest 0. */
-INLINE void rows_of(int64_t rows, const float *x, int64_t stride, vec *to) {
-  EIGHT to[e] = e < rows ? *(const vec *)(x + e * stride) : (vec){0};
+/* Rows of eight, of which `rows` are there, the rest 0, times `by` and laid across: to[e LANES + i] = x[i stride + e]. */
+INLINE void across(int64_t rows, float by, const float *x, int64_t stride, float *to) {
+  for (int64_t i = 0; i < LANES; i += 8) {
+    vec own[8];
+    EIGHT own[e] = i + e < rows ? *(const vec *)(x + (i + e) * stride) : (vec){0};
+    EIGHT own[e] *= by;
+    turn_over(own, to + i, LANES);
+  }
 }
 
-/* Scores [keys][8] of queries laid across, of which query i sees the first `begin + i + 1`, -inf after them; the largest. */
-static void narrow_scores(int64_t begin, int64_t keys, const float *queries, const float *k, float *s, float *largest) {
-  const vec nothing = (vec){0} - INFINITY;
-  vec q[8], most = nothing;
-  EIGHT q[e] = *(const vec *)(queries + 8 * e);
-  for (int64_t j = 0; j < keys; j++, k += 8, s += 8) {
-    vec one = product_of_eight(q, k);
-    if (j >= begin) one = pick(seen_by(0, j - begin), one, nothing);
-    *(vec *)s = one;
-    most = pick(one > most, one, most);
+/* Sums [8][LANES], as rows of eight. */
+INLINE void along(int64_t rows, const reg *sums, float *to, int64_t stride) {
+  for (int64_t i = 0; i < rows; i += 8) {
+    vec own[8], turned[8];
+    EIGHT own[e] = *(const vec *)((const float *)(sums + e) + i);
+    turn_over(own, (float *)turned, 8);
+    for (int64_t e = 0; e < least(8, rows - i); e++) *(vec *)(to + (i + e) * stride) = turned[e];
   }
-  *(vec *)largest = most;
+}
+
+/* Scores [keys][LANES] of queries laid across, of which query i sees the first `begin + i + 1`, -inf after them; the largest. */
+static void narrow_scores(int64_t begin, int64_t keys, const float *queries, const float *k, float *s, float *largest) {
+  const reg nothing = (reg){0} - INFINITY;
+  reg q[8], most = nothing;
+  EIGHT q[e] = *(const reg *)(queries + LANES * e);
+  for (int64_t j = 0; j < keys; j++, k += 8, s += LANES) {
+    reg one = product_of_eight(q, k);
+    if (j >= begin) one = choose_each(seen_by(0, j - begin), one, nothing);
+    *(reg *)s = one;
+    most = choose_each(one > most, one, most);
+  }
+  *(reg *)largest = most;
 }
 
 /* Of scores: what is read of `v`, as rows, and 1 / the sum of the weights. */
-static void narrow_read(int64_t rows, int64_t keys, const float *s, const float *largest, const float *v, float *share,
-                               float *read, int64_t along) {
-  const vec most = *(const vec *)largest;
-  vec all = {0}, sum[8], turned[8];
-  EIGHT sum[e] = (vec){0};
-  for (int64_t j = 0; j < keys; j++, s += 8, v += 8) {
-    const vec w = two_to(*(const vec *)s - most);
+static void narrow_read(int64_t rows, int64_t keys, const float *s, const float *largest, const float *v, float *share, float *read,
+                        int64_t apart) {
+  const reg most = *(const reg *)largest;
+  reg all = {0}, sum[8];
+  EIGHT sum[e] = (reg){0};
+  for (int64_t j = 0; j < keys; j++, s += LANES, v += 8) {
+    const reg w = twos_to(*(const reg *)s - most);
     all += w;
     EIGHT sum[e] += w * v[e];
   }
   all = 1.0f / all;
   EIGHT sum[e] *= all;
-  turn_over(sum, (float *)turned, 8);
-  *(vec *)share = all;
-  for (int64_t e = 0; e < rows; e++) *(vec *)(read + e * along) = turned[e];
+  along(rows, sum, read, apart);
+  *(reg *)share = all;
 }
 
-/* The weights again, [keys][8], 0 after what query i sees. */
+/* The weights again, [keys][LANES], 0 after what query i sees. */
 static void narrow_weights(int64_t begin, int64_t keys, const float *queries, const float *k, const float *largest,
-                                  const float *share, float *w) {
-  const vec most = *(const vec *)largest, part = *(const vec *)share;
-  vec q[8];
-  EIGHT q[e] = *(const vec *)(queries + 8 * e);
-  for (int64_t j = 0; j < keys; j++, k += 8, w += 8) {
-    const vec one = two_to(product_of_eight(q, k) - most) * part;
-    *(vec *)w = j < begin ? one : (vec)(seen_by(0, j - begin) & (ints)one);
+                           const float *share, float *w) {
+  const reg most = *(const reg *)largest, part = *(const reg *)share;
+  reg q[8];
+  EIGHT q[e] = *(const reg *)(queries + LANES * e);
+  for (int64_t j = 0; j < keys; j++, k += 8, w += LANES) {
+    const reg one = twos_to(product_of_eight(q, k) - most) * part;
+    *(reg *)w = j < begin ? one : (reg)(seen_by(0, j - begin) & (flags)one);
   }
 }
 
-/* w o (slope v^T - through), [keys][8]. */
-static void narrow_slopes(int64_t keys, const float *slopes, const float *v, const float *through, const float *w,
-                                 float *d) {
-  const vec less = *(const vec *)through;
-  vec own[8];
-  EIGHT own[e] = *(const vec *)(slopes + 8 * e);
-  for (int64_t j = 0; j < keys; j++, v += 8, w += 8, d += 8) {
-    *(vec *)d = *(const vec *)w * (product_of_eight(own, v) - less);
-  }
+/* w o (slope v^T - through), [keys][LANES]. */
+static void narrow_slopes(int64_t keys, const float *slopes, const float *v, const float *through, const float *w, float *d) {
+  const reg less = *(const reg *)through;
+  reg own[8];
+  EIGHT own[e] = *(const reg *)(slopes + LANES * e);
+  for (int64_t j = 0; j < keys; j++, v += 8, w += LANES, d += LANES)
+    *(reg *)d = *(const reg *)w * (product_of_eight(own, v) - less);
 }
 
 /* The rows of d^T k, times `by`. */
-static void narrow_gather(int64_t rows, int64_t keys, float by, const float *d, const float *k, float *to,
-                                 int64_t stride) {
-  vec sum[8], turned[8];
-  EIGHT sum[e] = (vec){0};
-  for (int64_t j = 0; j < keys; j++, d += 8, k += 8) {
-    const vec one = *(const vec *)d;
+static void narrow_gather(int64_t rows, int64_t keys, float by, const float *d, const float *k, float *to, int64_t stride) {
+  reg sum[8];
+  EIGHT sum[e] = (reg){0};
+  for (int64_t j = 0; j < keys; j++, d += LANES, k += 8) {
+    const reg one = *(const reg *)d;
     EIGHT sum[e] += one * k[e];
   }
   EIGHT sum[e] *= by;
-  turn_over(sum, (float *)turned, 8);
-  for (int64_t e = 0; e < rows; e++) *(vec *)(to + e * stride) = turned[e];
+  along(rows, sum, to, stride);
 }
 
-/* to[j] += sum over eight queries of w[j][i] x_i. */
+/* to[j] += sum over up to eight queries of w[j][i] x_i. */
 static void narrow_spread(int64_t rows, int64_t keys, const float *w, const float *x, int64_t stride, float *to) {
   vec own[8];
-  rows_of(rows, x, stride, own);
-  for (int64_t j = 0; j < keys; j++, w += 8, to += 8) {
+  EIGHT own[e] = e < rows ? *(const vec *)(x + e * stride) : (vec){0};
+  for (int64_t j = 0; j < keys; j++, w += LANES, to += 8) {
     vec one = *(vec *)to, other = w[1] * own[1];
     for (int e = 0; e < 8; e += 2) one += w[e] * own[e];
     for (int e = 3; e < 8; e += 2) other += w[e] * own[e];
@@ -227,23 +248,14 @@ static void narrow_spread(int64_t rows, int64_t keys, const float *w, const floa
   }
 }
 
-/* Queries laid across, times scale log2 e. */
-static void narrow_queries(int64_t rows, float scale, const float *q, int64_t stride, float *to) {
-  vec own[8];
-  rows_of(rows, q, stride, own);
-  EIGHT own[e] *= scale * LOG2_E;
-  turn_over(own, to, 8);
-}
-
 /* Slopes laid across, and of each its product with what was read. */
-static void narrow_through(int64_t rows, const float *slope, const float *read, int64_t along, float *to, float *through) {
-  vec own[8], other[8], sum = {0};
-  rows_of(rows, slope, along, own), rows_of(rows, read, along, other);
-  EIGHT other[e] *= own[e];
-  turn_over(own, to, 8);
-  turn_over(other, (float *)own, 8);
-  EIGHT sum += own[e];
-  *(vec *)through = sum;
+static void narrow_through(int64_t rows, const float *slope, const float *read, int64_t apart, float *to, float *through) {
+  float other[8 * LANES];
+  reg sum = {0};
+  across(rows, 1.0f, slope, apart, to);
+  across(rows, 1.0f, read, apart, other);
+  EIGHT sum += *(const reg *)(to + LANES * e) * *(const reg *)(other + LANES * e);
+  *(reg *)through = sum;
 }
 
 static void add_rows(int64_t rows, float by, const float *x, float *to, int64_t stride) {
@@ -251,16 +263,16 @@ static void add_rows(int64_t rows, float by, const float *x, float *to, int64_t 
 }
 
 static void narrow_attend(const sight *l, const float *q, const float *k, const float *v, float *read, float *sums, float *work) {
-  const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, along = l->along;
-  float *keys = work, *values = keys + 8 * length, *scores = values + 8 * length, queries[64], most[8], share[8];
+  const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, apart = l->along;
+  float *keys = work, *values = keys + 8 * length, *scores = values + 8 * length, queries[8 * LANES], most[LANES], share[LANES];
   pack(end, 8, k, stride, keys);
   pack(end, 8, v, stride, values);
   for (int64_t h = 0; h < group; h++, q += 8, read += 8, sums += 2 * length)
-    for (int64_t begin = l->begin; begin < end; begin += 8) {
-      const int64_t rows = least(8, end - begin), stop = begin + rows;
-      narrow_queries(rows, l->scale, q + begin * stride, stride, queries);
+    for (int64_t begin = l->begin; begin < end; begin += LANES) {
+      const int64_t rows = least(LANES, end - begin), stop = begin + rows;
+      across(rows, l->scale * LOG2_E, q + begin * stride, stride, queries);
       narrow_scores(begin, stop, queries, keys, scores, most);
-      narrow_read(rows, stop, scores, most, values, share, read + begin * along, along);
+      narrow_read(rows, stop, scores, most, values, share, read + begin * apart, apart);
       memcpy(sums + begin, most, sizeof(float) * rows);
       memcpy(sums + length + begin, share, sizeof(float) * rows);
     }
@@ -268,32 +280,36 @@ static void narrow_attend(const sight *l, const float *q, const float *k, const 
 
 static void narrow_back(const sight *l, const float *q, const float *k, const float *v, const float *read, const float *slope,
                         const float *sums, float *dq, float *dk, float *dv, float *work) {
-  const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, along = l->along;
+  const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, apart = l->along;
   float *keys = work, *values = keys + 8 * length, *key_slopes = values + 8 * length, *value_slopes = key_slopes + 8 * length;
-  float *w = value_slopes + 8 * length, *d = w + 8 * length, across[64], most[8] = {0}, share[8] = {0}, through[8];
+  float *w = value_slopes + 8 * length, *d = w + LANES * length, turned[8 * LANES], most[LANES] = {0}, share[LANES] = {0};
+  float through[LANES];
   pack(end, 8, k, stride, keys);
   pack(end, 8, v, stride, values);
   memset(key_slopes, 0, sizeof(float) * 16 * length);
   for (int64_t h = 0; h < group; h++, q += 8, dq += 8, read += 8, slope += 8, sums += 2 * length)
-    for (int64_t begin = l->begin; begin < end; begin += 8) {
-      const int64_t rows = least(8, end - begin), stop = begin + rows;
-      const float *from = q + begin * stride, *down = slope + begin * along;
+    for (int64_t begin = l->begin; begin < end; begin += LANES) {
+      const int64_t rows = least(LANES, end - begin), stop = begin + rows;
+      const float *from = q + begin * stride, *down = slope + begin * apart;
       memcpy(most, sums + begin, sizeof(float) * rows);
       memcpy(share, sums + length + begin, sizeof(float) * rows);
-      narrow_queries(rows, l->scale, from, stride, across);
-      narrow_weights(begin, stop, across, keys, most, share, w);
-      narrow_through(rows, down, read + begin * along, along, across, through);
-      narrow_slopes(stop, across, values, through, w, d);
+      across(rows, l->scale * LOG2_E, from, stride, turned);
+      narrow_weights(begin, stop, turned, keys, most, share, w);
+      narrow_through(rows, down, read + begin * apart, apart, turned, through);
+      narrow_slopes(stop, turned, values, through, w, d);
       narrow_gather(rows, stop, l->scale, d, keys, dq + begin * stride, stride);
-      narrow_spread(rows, stop, d, from, stride, key_slopes);
-      narrow_spread(rows, stop, w, down, along, value_slopes);
+      for (int64_t i = 0; i < rows; i += 8) {
+        const int64_t some = least(8, rows - i), seen = begin + i + some;
+        narrow_spread(some, seen, d + i, from + i * stride, stride, key_slopes);
+        narrow_spread(some, seen, w + i, down + i * apart, apart, value_slopes);
+      }
     }
   add_rows(end, l->scale, key_slopes, dk, stride);
   add_rows(end, 1.0f, value_slopes, dv, stride);
 }
 
 /* Room that attention needs, there or back. */
-static int64_t attention_room(int64_t length, int64_t head) { return length * (head + 3 * SIDE) + 5 * SIDE * head + 64; }
+static int64_t attention_room(int64_t length, int64_t head) { return length * (head + 4 * SIDE) + 5 * SIDE * head + 64; }
 
 /* softmax(scale q k^T) v of `l->heads / l->key_heads` heads; q, k and v of one text lie among its qkv. `sums` gets, for each
    head, each query's largest score, and 1 / the sum of its weights beside that. */

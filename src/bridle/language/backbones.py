@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridle.guards import is_plain, is_watched
-from bridle.language import decoding
+from bridle.language import decoding, layers
 from bridle.language.decoding import Stack, StackWeights
 from bridle.language.layers import decoder_stack, norm_at
 from bridle.language.quickening import FAILURES, TOLERANCE, forward_of, is_quick, quick_parts
@@ -25,7 +25,7 @@ from bridle.random import generator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["hidden_at", "join_layers", "packed_stack"]
+__all__ = ["computes_compiled", "hidden_at", "join_layers", "packed_stack"]
 
 _KNOWN = "_bridle_backbone"
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -72,6 +72,16 @@ def hidden_at(
 
 
 @torch.no_grad()
+def computes_compiled(backbone: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether :func:`hidden_at` runs a backbone, as it is now, in compiled code that computes in ``dtype``."""
+    known, first = backbone.__dict__.get(_KNOWN), torch.zeros(1, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        if known is None or decoding.code() is None or not _stands(backbone, known):
+            return False
+        return _compiled(known, first[None], first, first) is not None
+
+
+@torch.no_grad()
 def join_layers(model: PreTrainedModel) -> PreTrainedModel:
     """Let the layers of a model that run compiled run in one step where :func:`hidden_at` asks, if they all do; return it."""
     backbone = model.base_model
@@ -114,7 +124,7 @@ def _stands(backbone: PreTrainedModel, known: _Backbone) -> bool:
 
     On other devices and in other precisions it is not, which shows here, before a token is embedded.
     """
-    if not all(is_plain(one) for one in (known.embed.weight, known.norm.weight)) or torch.is_autocast_enabled("cpu"):
+    if layers.code() is None or not all(is_plain(one) for one in (known.embed.weight, known.norm.weight)):
         return False
     if not all(map(is_quick, known.layers)) or len(backbone.layers) != len(known.layers) or is_watched(backbone):
         return False
@@ -165,7 +175,7 @@ def packed_stack(backbone: PreTrainedModel, places: int) -> tuple[Stack, Callabl
     None where :func:`hidden_at` would run the backbone as it is, or without compiled code.
     """
     known = backbone.__dict__.get(_KNOWN)
-    if known is None or decoding.library is None or not _stands(backbone, known):
+    if known is None or decoding.code() is None or not _stands(backbone, known):
         return None
     x, weight = known.embed(torch.zeros(1, 1, dtype=torch.int64)).expand(1, places, -1), known.norm.weight
     cosine, sine = turned = known.turn(x, torch.arange(places)[None])

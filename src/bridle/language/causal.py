@@ -165,8 +165,11 @@ class CausalModel(nn.Module):
             if weighing is not None:
                 raise ValueError("the gradient of a head in one pass needs a fused model")
             logp, entropy = self.logprobs(features, targets, temperature=temperature)
-            kl = None if reference is None else self.exact_kl(features, *reference, temperature=temperature)
-            return HeadAnswers(logp=logp, entropy=entropy, kl=kl), None
+            if reference is None:
+                return HeadAnswers(logp=logp, entropy=entropy, kl=None, ref_logp=None), None
+            kl, (other, theirs) = self.exact_kl(features, *reference, temperature=temperature), reference
+            ref_logp, _ = other.logprobs(theirs, targets, temperature=temperature, with_entropy=False)
+            return HeadAnswers(logp=logp, entropy=entropy, kl=kl, ref_logp=ref_logp), None
         head = self.head()
         moved = [t for t in (head.weight, head.bias) if weighing is not None and t is not None and t.requires_grad]
         for tensor in moved:

@@ -13,6 +13,8 @@
 
 #include "products.h"
 
+#include "halves.h"
+
 #include "functions.h"
 
 #include "attention.h"

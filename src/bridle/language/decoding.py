@@ -23,10 +23,10 @@ from torch import Tensor
 
 from bridle.core.head import VocabularyHead
 from bridle.language.layers import Layer, Shape, described
-from bridle.native.loading import library_of, load_library
+from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
 from bridle.native.sharing import for_each, shares
 
-__all__ = ["Choice", "Stack", "Texts", "library", "load"]
+__all__ = ["Choice", "Stack", "Texts", "code", "halved", "library", "load"]
 
 _ALONE = 8
 """Texts that a thread is not started for."""
@@ -58,7 +58,7 @@ class _Choice(ctypes.Structure):
 _SOURCE = Path(__file__).with_name("decoding.c")
 
 
-def load(place: Path) -> Any:
+def load(place: Path | None) -> Any:
     """Open what was compiled of decoding.c to ``place``; None as :func:`bridle.native.loading.load_library`."""
     stack, choice, at, count = ctypes.POINTER(_Stack), ctypes.POINTER(_Choice), ctypes.c_void_p, ctypes.c_int64
     functions: dict[str, tuple[Any, list[Any]]] = {
@@ -78,6 +78,13 @@ def load(place: Path) -> Any:
 
 library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
+halved: Any = load(halved_library_of(_SOURCE))
+"""The same with products of weights in bfloat16, summed in float32; None where the processor has none, or it was not built."""
+
+
+def code() -> Any:
+    """Return the compiled code for what is computed in now, float32 or, under autocast, bfloat16; None where there is none."""
+    return computing_now(library, halved)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +105,7 @@ class Stack:
     """Layers packed for many steps: a copy of their weights, which holds until these move. All is float32 on the CPU."""
 
     def __init__(self, given: StackWeights) -> None:
+        self._library = code()
         self._held = [None if w is None else w.detach().contiguous() for own in given.weights for w in own]
         self._last = [t.detach().contiguous() for t in (given.cosine, given.sine, given.norm)]
         places, head = given.cosine.shape
@@ -106,9 +114,9 @@ class Stack:
             *(described(shape, head, self._held[i * each : (i + 1) * each]) for i, shape in enumerate(given.shapes))
         )
         self._stack = _Stack(count, layers, *(t.data_ptr() for t in self._last), None, given.eps)
-        self._packed = _numbers(library.stack_numbers(self._stack))
+        self._packed = _numbers(self._library.stack_numbers(self._stack))
         self._stack.packed = self._packed.data_ptr()
-        library.stack_pack(self._stack)
+        self._library.stack_pack(self._stack)
         self.places = places
         self.numbers = sum(2 * shape.key_heads * head for shape in given.shapes)
         """Numbers that a token's keys and values are."""
@@ -122,7 +130,7 @@ class Stack:
         """
         rows = texts.longer(len(x))
         parts = shares(len(x), max(1, min(torch.get_num_threads(), len(x) // _ALONE)))
-        y = self._run(library.stack_step, x, rows, parts, [part.start for part in parts])
+        y = self._run(self._library.stack_step, x, rows, parts, [part.start for part in parts])
         rows[:, _BLOCK + _LENGTH] += 1
         return y
 
@@ -135,11 +143,11 @@ class Stack:
         """
         rows = texts.begin(which, lengths)
         parts = shares(len(rows), torch.get_num_threads())
-        return self._run(library.stack_read, x, rows, parts, [sum(lengths[: part.start]) for part in parts])
+        return self._run(self._library.stack_read, x, rows, parts, [sum(lengths[: part.start]) for part in parts])
 
     def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         """Copy what one block of tokens holds to another."""
-        library.cache_copy(self._stack, source.ctypes.data, target.ctypes.data)
+        self._library.cache_copy(self._stack, source.ctypes.data, target.ctypes.data)
 
     def _run(
         self,
@@ -155,7 +163,7 @@ class Stack:
             raise ValueError(f"a text of {longest - 1} tokens is followed, and places are known for {self.places}")
         if longest > self._longest or len(parts) > len(self._work):
             self._longest = max(longest + longest // 2, self._longest)
-            self._work = [_numbers(library.stack_work(self._stack, self._longest)) for _ in parts]
+            self._work = [_numbers(self._library.stack_work(self._stack, self._longest)) for _ in parts]
         y = x.new_empty(len(rows), x.shape[1])
         width, places = 4 * x.shape[1], (rows.ctypes.data, x.data_ptr(), y.data_ptr())
 

@@ -1,4 +1,4 @@
-/* What a decoder layer does to some tokens, whether they are learnt from or written; products.h, functions.h and attention.h
+/* What a decoder layer does to some tokens, whether they are learnt from or written; halves.h, functions.h and attention.h
    come before. Widths are multiples of 8. */
 
 #define TILE 48 /* tokens at a time through what looks at one token alone */
@@ -90,7 +90,7 @@ INLINE int64_t even(int64_t n) { return (n + 7) / 8 * 8; }
 /* C[rows, out] (+)= x W^T + b, the weight packed. */
 static void apply(const linear *w, int64_t rows, int64_t in, int64_t out, int64_t filled, const float *x, int64_t stride,
                   const float *packed, float *c, int64_t dc, int add) {
-  product(rows, filled, in, x, stride, 1, packed, in, c, dc, add);
+  linear_product(rows, filled, in, x, stride, packed, c, dc, add);
   add_bias(rows, out, w->bias, c, dc);
 }
 
@@ -116,15 +116,21 @@ static panels lay_out(const layer *l, float **room) {
   return p;
 }
 
+/* Pack a weight for x W^T. */
+INLINE void pack_linear(const linear *w, int64_t in, int64_t out, float *to) {
+  pack_turned(in, out, w->weight, in, to);
+  halve(in, out, to);
+}
+
 static void pack_weights(const layer *l, const panels *p) {
   const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head;
-  pack_turned(width, queries, l->query.weight, width, p->query);
-  pack_turned(width, keys, l->key.weight, width, p->key);
-  pack_turned(width, keys, l->value.weight, width, p->value);
-  pack_turned(queries, width, l->out.weight, queries, p->out);
-  pack_turned(width, l->hidden, l->gate.weight, width, p->gate);
-  pack_turned(width, l->hidden, l->up.weight, width, p->up);
-  pack_turned(l->hidden, width, l->down.weight, l->hidden, p->down);
+  pack_linear(&l->query, width, queries, p->query);
+  pack_linear(&l->key, width, keys, p->key);
+  pack_linear(&l->value, width, keys, p->value);
+  pack_linear(&l->out, queries, width, p->out);
+  pack_linear(&l->gate, width, l->hidden, p->gate);
+  pack_linear(&l->up, width, l->hidden, p->up);
+  pack_linear(&l->down, l->hidden, width, p->down);
 }
 
 /* A tile's queries, keys and values, not turned yet. */

@@ -18,6 +18,8 @@
 
 #include "products.h"
 
+#include "halves.h"
+
 #include "functions.h"
 
 #include "attention.h"
@@ -154,6 +156,12 @@ typedef struct {
   float *query, *key, *value, *out, *gate, *up, *down, *n, *act, *d, *both, *slopes, *inputs;
 } panels_back;
 
+/* Pack a weight for slopes of x W^T, times W. */
+INLINE void pack_back_linear(const linear *w, int64_t out, int64_t in, float *to) {
+  pack(out, in, w->weight, in, to);
+  halve(out, in, to);
+}
+
 static panels_back pack_back(const layer *l, float **room) {
   const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = even(l->hidden);
   const int64_t slopes = 2 * (width + hidden), turned = queries + 2 * keys, deep = deepest(l);
@@ -166,13 +174,13 @@ static panels_back pack_back(const layer *l, float **room) {
   p.d = take(room, TILE * (hidden > width ? hidden : width)), p.both = take(room, TILE * 2 * hidden);
   p.slopes = take(room, deep * ((slopes > turned ? slopes : turned) + 4 * HIGH));
   p.inputs = take(room, deep * (padded(hidden) + padded(width) + padded(queries)));
-  pack(queries, width, l->query.weight, width, p.query);
-  pack(keys, width, l->key.weight, width, p.key);
-  pack(keys, width, l->value.weight, width, p.value);
-  pack(width, queries, l->out.weight, queries, p.out);
-  pack(l->hidden, width, l->gate.weight, width, p.gate);
-  pack(l->hidden, width, l->up.weight, width, p.up);
-  pack(width, l->hidden, l->down.weight, l->hidden, p.down);
+  pack_back_linear(&l->query, queries, width, p.query);
+  pack_back_linear(&l->key, keys, width, p.key);
+  pack_back_linear(&l->value, keys, width, p.value);
+  pack_back_linear(&l->out, width, queries, p.out);
+  pack_back_linear(&l->gate, l->hidden, width, p.gate);
+  pack_back_linear(&l->up, l->hidden, width, p.up);
+  pack_back_linear(&l->down, width, l->hidden, p.down);
   return p;
 }
 
@@ -182,9 +190,11 @@ static void put_down(const linear *w, int64_t at, int64_t tall, int64_t rows, in
   sum_rows(rows, out, slope, ds, w->bias_gradient);
 }
 
-/* The weight's gradient += slope^T x of what was put down. */
-static void learn(const linear *w, int64_t rows, int64_t in, int64_t out, const float *slope, const float *x) {
-  if (w->weight_gradient) deep_product(out, in, rows, slope, x, w->weight_gradient, in);
+/* The weight's gradient += slope^T x of what was put down, x halved. */
+static void learn(const linear *w, int64_t rows, int64_t in, int64_t out, float *slope, const float *x) {
+  if (!w->weight_gradient) return;
+  halve_high(rows, out, slope);
+  linear_deep(out, in, rows, slope, x, w->weight_gradient, in);
 }
 
 /* Tokens that lie one after another, and which of those that are learnt from at a time the first of them is. */
@@ -225,22 +235,23 @@ static void finish_back(const layer *l, const panels_back *p, const tile *tiles,
     const int64_t some = t->rows, i = t->at;
     const float *h = l->h + t->first * width, *from = slope + t->first * width;
     float *dh = x_slope + t->first * width;
-    product(some, hidden, width, from, width, 1, p->down, width, p->d, hidden, 0);
+    linear_product(some, hidden, width, from, width, p->down, p->d, hidden, 0);
     gate_back(some, hidden, l->gate_up + t->first * 2 * hidden, p->d, p->act, p->both);
     norm(some, width, l->second_eps, h, l->second_norm, p->n);
     put_down(&l->down, i, rows, some, width, from, width, of_y);
     put_down(&l->gate, i, rows, some, l->hidden, p->both, 2 * hidden, of_gate);
     put_down(&l->up, i, rows, some, l->hidden, p->both + hidden, 2 * hidden, of_up);
-    product(some, width, l->hidden, p->both, 2 * hidden, 1, p->gate, l->hidden, p->d, width, 0);
-    product(some, width, l->hidden, p->both + hidden, 2 * hidden, 1, p->up, l->hidden, p->d, width, 1);
+    linear_product(some, width, l->hidden, p->both, 2 * hidden, p->gate, p->d, width, 0);
+    linear_product(some, width, l->hidden, p->both + hidden, 2 * hidden, p->up, p->d, width, 1);
     memcpy(dh, from, sizeof(float) * some * width);
     norm_back(some, width, l->second_eps, h, l->second_norm, p->d, dh, l->second_gradient);
-    product(some, queries, width, dh, width, 1, p->out, width, read_slope + (t->first - origin) * queries, queries, 0);
+    linear_product(some, queries, width, dh, width, p->out, read_slope + (t->first - origin) * queries, queries, 0);
     put_down(&l->out, i, rows, some, width, dh, width, of_h);
     pack_at(i, rows, some, l->hidden, p->act, hidden, act);
     pack_at(i, rows, some, width, p->n, width, n);
     pack_at(i, rows, some, queries, l->read + t->first * queries, queries, read);
   }
+  halve(rows, l->hidden, act), halve(rows, width, n), halve(rows, queries, read);
   learn(&l->down, rows, l->hidden, width, of_y, act);
   learn(&l->gate, rows, width, l->hidden, of_gate, n);
   learn(&l->up, rows, width, l->hidden, of_up, n);
@@ -262,11 +273,12 @@ static void project_back(const layer *l, const panels_back *p, const tile *tiles
     put_down(&l->key, i, rows, some, keys, own + queries, stride, of_key);
     put_down(&l->value, i, rows, some, keys, own + queries + keys, stride, of_value);
     pack_at(i, rows, some, width, p->n, width, p->inputs);
-    product(some, width, queries, own, stride, 1, p->query, queries, p->d, width, 0);
-    product(some, width, keys, own + queries, stride, 1, p->key, keys, p->d, width, 1);
-    product(some, width, keys, own + queries + keys, stride, 1, p->value, keys, p->d, width, 1);
+    linear_product(some, width, queries, own, stride, p->query, p->d, width, 0);
+    linear_product(some, width, keys, own + queries, stride, p->key, p->d, width, 1);
+    linear_product(some, width, keys, own + queries + keys, stride, p->value, p->d, width, 1);
     norm_back(some, width, l->first_eps, x, l->first_norm, p->d, x_slope + t->first * width, l->first_gradient);
   }
+  halve(rows, width, p->inputs);
   learn(&l->query, rows, width, queries, of_query, p->inputs);
   learn(&l->key, rows, width, keys, of_key, p->inputs);
   learn(&l->value, rows, width, keys, of_value, p->inputs);

@@ -1,4 +1,5 @@
-"""Decoder layers of the usual kind, compiled, on a CPU in float32: there and back by ``layers.c``.
+"""Decoder layers of the usual kind, compiled, on a CPU in float32: there and back by ``layers.c``; with products in bfloat16
+under autocast, where the processor has them.
 
 A small model's layer is some fifty operations of PyTorch's, each of which takes its numbers from memory and puts them back;
 here a text goes through a layer in pieces that stay in the nearest caches. What is kept for the way back is the
@@ -21,15 +22,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridle.native.loading import library_of, load_library
+from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
 from bridle.native.sharing import for_each, shares
 
 __all__ = [
     "Layer",
     "Shape",
+    "code",
     "decoder_layer",
     "decoder_stack",
     "described",
+    "halved",
     "library",
     "load",
     "norm_at",
@@ -63,7 +66,7 @@ class Layer(ctypes.Structure):
 _SOURCE = Path(__file__).with_name("layers.c")
 
 
-def load(place: Path) -> Any:
+def load(place: Path | None) -> Any:
     """Open what was compiled of layers.c to ``place``; None as :func:`bridle.native.loading.load_library`."""
     layer, at, count = ctypes.POINTER(Layer), ctypes.c_void_p, ctypes.c_int64
     functions: dict[str, tuple[Any, list[Any]]] = {
@@ -79,6 +82,13 @@ def load(place: Path) -> Any:
 
 library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
+halved: Any = load(halved_library_of(_SOURCE))
+"""The same with products of weights in bfloat16, summed in float32; None where the processor has none, or it was not built."""
+
+
+def code() -> Any:
+    """Return the compiled code for what is computed in now, float32 or, under autocast, bfloat16; None where there is none."""
+    return computing_now(library, halved)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +121,8 @@ def decoder_layer(
         sine: [b, L, D]; queries and keys become q cos + (−second half, first half of q) sin.
         weights: of both norms [W]; then weight [out, in] and bias [out] or None of query, key, value, out, gate, up and down.
 
-    All are float32 on the CPU.
+    All are float32 on the CPU. Under autocast to bfloat16 weights, and what meets them, are rounded for the products, there and
+    back, and nothing else is.
 
     Source: Touvron et al. 2023 (LLaMA), §2.2; Su et al. 2021 for the turning; Ainslie et al. 2023 for the shared key heads.
     """
@@ -141,7 +152,7 @@ def decoder_stack(
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return cast("Tensor", _Compiled.apply(shapes, *given))  # type: ignore[no-untyped-call]
-    return _Pass(shapes, given, keep=False).forward()
+    return _Pass(code(), shapes, given, keep=False).forward()
 
 
 def norm_at(
@@ -173,17 +184,17 @@ def described(shape: Shape, head: int, weights: Sequence[Tensor | None]) -> Laye
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shapes: Sequence[Shape], *given: Tensor | None) -> Tensor:
-        run = _Pass(shapes, given, keep=True)
+        run = _Pass(code(), shapes, given, keep=True)
         y = run.forward()
-        ctx.shapes = shapes
+        ctx.run = (run.library, shapes)
         ctx.save_for_backward(*given, *run.kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        saved, count = ctx.saved_tensors, _KEPT + 1
-        run = _Pass(ctx.shapes, saved[:-count], keep=True, kept=saved[-count:])
+        saved, count, (library, shapes) = ctx.saved_tensors, _KEPT + 1, ctx.run
+        run = _Pass(library, shapes, saved[:-count], keep=True, kept=saved[-count:])
         x_slope, gradients = run.backward(slope.contiguous(), ctx.needs_input_grad[5:])
         return None, None, x_slope, None, None, *gradients
 
@@ -212,6 +223,7 @@ class _Pass:
 
     def __init__(
         self,
+        library: Any,
         shapes: Sequence[Shape],
         given: Sequence[Tensor | None],
         *,
@@ -219,7 +231,7 @@ class _Pass:
         kept: Sequence[Tensor] | None = None,
     ) -> None:
         """``given`` holds what is asked for, x, cosines and sines, then each layer's weights."""
-        self._asked = given[0]
+        self.library, self._asked = library, given[0]
         x, cosine, sine = (cast("Tensor", tensor) for tensor in given[1:4])
         self._shapes, self._x, self._turned, self._keep = shapes, x, (cosine, sine), keep
         self._weights = [given[at : at + _WEIGHTS] for at in range(4, len(given), _WEIGHTS)]
@@ -252,7 +264,7 @@ class _Pass:
             work = self._working(owns)
             for own in owns:
                 own.work = work.data_ptr()
-                library.layer_forward(own)
+                self.library.layer_forward(own)
 
         for_each(len(self._parts), there)
         return y
@@ -274,7 +286,7 @@ class _Pass:
             work = self._working(owns)
             for layer in reversed(layers):
                 owns[layer].work, to = work.data_ptr(), slopes[layer % 2]
-                library.layer_backward(owns[layer], _at(last, start), _at(to, start))
+                self.library.layer_backward(owns[layer], _at(last, start), _at(to, start))
                 last = to
 
         for_each(len(self._parts), back)
@@ -289,7 +301,7 @@ class _Pass:
 
     def _working(self, owns: Sequence[Layer]) -> Tensor:
         """Room for a part's layers to work in, one after another."""
-        return self._x.new_empty(max(map(library.layer_work, owns)))
+        return self._x.new_empty(max(map(self.library.layer_work, owns)))
 
     def _own(
         self,

@@ -120,11 +120,11 @@ def _learn_at_once(
     tokens = collate(items, 0)
     with computing():
         states = model(tokens.input_ids.to(model.device), tokens.rows.to(model.device), tokens.columns.to(model.device))
-    found, slope = model.answers(
-        states.features.detach(),
-        tokens.targets.to(model.device),
-        weighing=lambda _, seen: HeadSlopes(logp=torch.full_like(seen.logp, -1.0 / targets)),
-    )
+        found, slope = model.answers(
+            states.features.detach(),
+            tokens.targets.to(model.device),
+            weighing=lambda _, seen: HeadSlopes(logp=torch.full_like(seen.logp, -1.0 / targets)),
+        )
     loss = _finite(sft_loss(found.logp).sum() / targets, count)
     if states.features.requires_grad:
         states.features.backward(slope)

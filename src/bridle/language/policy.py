@@ -167,13 +167,14 @@ class LanguagePolicy(nn.Module, OnePass):
 
         theirs = self._reference_features(segments, place)
         (reference,) = self._reference
-        answers, slope = self.actor.answers(
-            features.detach(),
-            place.targets,
-            reference=None if theirs is None or reference is None else (reference, theirs),
-            temperature=self.temperature,
-            weighing=weigh,
-        )
+        with self.computing():
+            answers, slope = self.actor.answers(
+                features.detach(),
+                place.targets,
+                reference=None if theirs is None or reference is None else (reference, theirs),
+                temperature=self.temperature,
+                weighing=weigh,
+            )
         seen = Seen(logp=answers.logp, entropy=answers.entropy, value=values, exact_kl=answers.kl)
         given = [slope for slope in found if slope is not None]
         return seen, slope, torch.cat(given) if given else None

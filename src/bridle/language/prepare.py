@@ -77,7 +77,7 @@ def look(
 ) -> Look:
     """Evaluate policy and reference on the answers ``units``, in micro-batches of at most ``budget`` tokens.
 
-    This is the expensive look: an actor's forward that training would else not need, and three products with the vocabulary.
+    This is the expensive look: an actor's forward that training would else not need, and two products with the vocabulary.
     """
     part, device = segments.select(units), policy.device
     starts = part.sizes.cumsum(0) - part.sizes
@@ -91,10 +91,10 @@ def look(
         found, _ = policy.actor.answers(
             features, place.targets, reference=(reference, theirs), temperature=policy.temperature
         )
-        ref_logp, _ = reference.logprobs(theirs, place.targets, temperature=policy.temperature, with_entropy=False)
         assert found.kl is not None
+        assert found.ref_logp is not None
         at = _places(starts, part.sizes, group).to(device)
-        for column, values in zip(columns, (found.logp, found.entropy, ref_logp, found.kl), strict=True):
+        for column, values in zip(columns, (found.logp, found.entropy, found.ref_logp, found.kl), strict=True):
             column[at] = values.float()
     first = segments.sizes.cumsum(0) - segments.sizes
     logp, entropy, ref_logp, exact_kl = columns

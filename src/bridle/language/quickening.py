@@ -148,7 +148,7 @@ def _served(layer: nn.Module, x: Tensor, given: Mapping[str, Any]) -> _Parts | N
         return None
     if given.get("is_causal") is False:  # the one that means something where it is not asked for
         return None
-    if not is_plain(x) or x.numel() == 0 or layers.library is None or torch.is_autocast_enabled("cpu") or is_observed():
+    if not is_plain(x) or x.numel() == 0 or layers.code() is None or is_observed():
         return None
     parts = _parts(layer)
     turned = given.get("position_embeddings")

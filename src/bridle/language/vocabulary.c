@@ -15,15 +15,17 @@
 
 #include "products.h"
 
+#include "halves.h"
+
 #include "functions.h"
 
 #define SOME 192        /* tokens of the vocabulary at a time */
 #define LOWEST -1e37f   /* the logits of tokens that are not there */
-#define COLUMNS 7       /* sums of a position, as `sums` has them */
+#define COLUMNS 8       /* sums of a position, as `sums` has them */
 
-/* Largest z; sums of e^(z - largest), of that times z - largest, and times z - y; z of the target; largest y and the sum of
-   e^(y - largest). */
-enum { MOST, TOTAL, WITH_Z, WITH_GAP, AT_TARGET, OTHER_MOST, OTHER_TOTAL };
+/* Largest z; sums of e^(z - largest), of that times z - largest, and times z - y; z of the target; largest y, the sum of
+   e^(y - largest), and y of the target. */
+enum { MOST, TOTAL, WITH_Z, WITH_GAP, AT_TARGET, OTHER_MOST, OTHER_TOTAL, OTHER_AT };
 
 typedef struct {
   int64_t width;
@@ -38,7 +40,8 @@ typedef struct {
   side own, other;
   const int64_t *targets;
   double *sums;                   /* [parts, rows, COLUMNS] */
-  float *logp, *entropy, *kl;     /* [rows]; kl NULL without another side */
+  float *logp, *entropy;          /* [rows] */
+  float *kl, *ref_logp;           /* [rows], or NULL without another side */
   const float *a, *b, *c;         /* [rows] slopes of log p, H and KL, or NULL */
   float *weight_gradient, *bias_gradient; /* added to, or NULL */
 } head;
@@ -118,7 +121,9 @@ EXPORT void head_forward(const head *h, int64_t part, int64_t from, int64_t to, 
     take_up(h->rows, count, z, h->other.weight ? y : NULL, sums);
     for (int64_t i = 0; i < h->rows; i++) {
       const int64_t target = h->targets[i] - first;
-      if (target >= 0 && target < count) sums[i * COLUMNS + AT_TARGET] = z[i * SOME + target];
+      if (target < 0 || target >= count) continue;
+      sums[i * COLUMNS + AT_TARGET] = z[i * SOME + target];
+      if (h->other.weight) sums[i * COLUMNS + OTHER_AT] = y[i * SOME + target];
     }
   }
 }
@@ -135,11 +140,12 @@ EXPORT void head_join(const head *h, int64_t parts) {
       s[TOTAL] = by * s[TOTAL] + with * t[TOTAL];
       s[WITH_GAP] = by * s[WITH_GAP] + with * t[WITH_GAP];
       s[OTHER_TOTAL] = exp(s[OTHER_MOST] - other) * s[OTHER_TOTAL] + exp(t[OTHER_MOST] - other) * t[OTHER_TOTAL];
-      s[AT_TARGET] += t[AT_TARGET], s[MOST] = most, s[OTHER_MOST] = other;
+      s[AT_TARGET] += t[AT_TARGET], s[OTHER_AT] += t[OTHER_AT], s[MOST] = most, s[OTHER_MOST] = other;
     }
     const double log_total = log(s[TOTAL]);
     h->logp[i] = (float)(s[AT_TARGET] - s[MOST] - log_total);
     h->entropy[i] = (float)(log_total - s[WITH_Z] / s[TOTAL]);
+    if (h->ref_logp) h->ref_logp[i] = (float)(s[OTHER_AT] - s[OTHER_MOST] - log(s[OTHER_TOTAL]));
     if (h->kl) h->kl[i] = (float)(s[WITH_GAP] / s[TOTAL] - s[MOST] - log_total + s[OTHER_MOST] + log(s[OTHER_TOTAL]));
   }
 }
@@ -172,15 +178,15 @@ static void slopes_of(const head *h, int64_t first, int64_t count, const float *
 EXPORT void head_backward(const head *h, int64_t from, int64_t to, float *hidden_gradient, float *work) {
   const int64_t rows = h->rows, width = h->own.width;
   float *packed = work, *d = packed + SOME * padded(widest(h)), *turned = d + rows * SOME, *inputs = turned + (rows + HIGH) * SOME;
-  if (h->weight_gradient) pack(rows, width, h->own.hidden, width, inputs);
+  if (h->weight_gradient) pack(rows, width, h->own.hidden, width, inputs), halve(rows, width, inputs);
   for (int64_t block = from; block < to; block++) {
     const int64_t first = block * SOME, count = least(SOME, h->vocabulary - first), at = block * rows * SOME;
     slopes_of(h, first, count, h->own.logits + at, h->c ? h->other.logits + at : NULL, d);
-    pack(count, width, h->own.weight + first * width, width, packed);
-    product(rows, width, count, d, SOME, 1, packed, count, hidden_gradient, width, block > from);
+    pack(count, width, h->own.weight + first * width, width, packed), halve(count, width, packed);
+    linear_product(rows, width, count, d, SOME, packed, hidden_gradient, width, block > from);
     if (h->weight_gradient) {
-      pack_high(0, rows, rows, count, d, SOME, turned);
-      deep_product(count, width, rows, turned, inputs, h->weight_gradient + first * width, width);
+      pack_high(0, rows, rows, count, d, SOME, turned), halve_high(rows, count, turned);
+      linear_deep(count, width, rows, turned, inputs, h->weight_gradient + first * width, width);
     }
     for (int64_t i = 0; h->bias_gradient && i < rows; i++)
       for (int64_t j = 0; j < count; j++) h->bias_gradient[first + j] += d[i * SOME + j];

@@ -21,16 +21,16 @@ from bridle.core import head as plain
 from bridle.core import logprobs as plainer
 from bridle.core._vocabulary import Shaping
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead, Weighing
-from bridle.native.loading import library_of, load_library
+from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
 from bridle.native.sharing import for_each, shares
 
-__all__ = ["head_answers", "library", "load", "token_logprobs"]
+__all__ = ["halved", "head_answers", "library", "load", "token_logprobs"]
 
 _KEPT_NUMBERS = 16 * 1024 * 1024
 """Logits that are kept at a time: 64 MiB."""
 _ROWS = 256
 """Positions at a time at most: their hidden states stay in a near cache."""
-_COLUMNS = 7
+_COLUMNS = 8
 """Sums of a position: COLUMNS in vocabulary.c."""
 
 
@@ -43,7 +43,7 @@ class _Side(ctypes.Structure):
     )
 
 
-_POINTERS = ("targets", "sums", "logp", "entropy", "kl", "a", "b", "c", "weight_gradient", "bias_gradient")
+_POINTERS = ("targets", "sums", "logp", "entropy", "kl", "ref_logp", "a", "b", "c", "weight_gradient", "bias_gradient")
 
 
 class _Head(ctypes.Structure):
@@ -61,7 +61,7 @@ class _Head(ctypes.Structure):
 _SOURCE = Path(__file__).with_name("vocabulary.c")
 
 
-def load(place: Path) -> Any:
+def load(place: Path | None) -> Any:
     """Open what was compiled of vocabulary.c to ``place``; None as :func:`bridle.native.loading.load_library`."""
     own, at, count = ctypes.POINTER(_Head), ctypes.c_void_p, ctypes.c_int64
     functions: dict[str, tuple[Any, list[Any]]] = {
@@ -76,6 +76,9 @@ def load(place: Path) -> Any:
 
 library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
+halved: Any = load(halved_library_of(_SOURCE))
+"""The same whose way back multiplies in bfloat16 and sums in float32; None where the processor does not, or it was not
+built."""
 
 
 @torch.no_grad()
@@ -92,7 +95,9 @@ def head_answers(
 ) -> tuple[HeadAnswers, Float[Tensor, "N D"] | None]:
     """Answer as :func:`bridle.core.head.head_answers` does, compiled where that is served, else by it.
 
-    Served are plain float32 tensors on the CPU whose logits are not capped; what does not fit together is refused there.
+    Served are plain float32 tensors on the CPU whose logits are not capped; what does not fit together is refused there. The
+    answers are of float32 whatever the caller computes in. Under autocast to bfloat16 the slopes of logits, and what they
+    meet, are rounded for the products of the way back, where the processor has them.
     """
     sides = [(hidden, head)] if reference is None else [(hidden, head), reference]
     if not (temperature > 0 and _served(sides, targets, (weight_grad, bias_grad))):
@@ -170,10 +175,11 @@ class _Run:
 
     def __init__(self, sides: Sequence[_Given], targets: Tensor, vocabulary: int, weight_grad: Tensor | None) -> None:
         self._sides, self._targets, self._vocabulary, self._weight_grad = sides, targets, vocabulary, weight_grad
-        self._block = library.head_block()
+        self._library = computing_now(library, halved) or library
+        self._block = self._library.head_block()
         self._blocks = -(-vocabulary // self._block)
         self._parts = shares(self._blocks, torch.get_num_threads())
-        self._found = sides[0].hidden.new_zeros(2 if len(sides) == 1 else 3, len(targets))
+        self._found = sides[0].hidden.new_zeros(2 * len(sides), len(targets))
         self._kept: list[Tensor | None] = [None, None]
         self._own = _Head()
 
@@ -187,7 +193,7 @@ class _Run:
             numbers = rows * self._blocks * self._block
             self._kept = [side.hidden.new_empty(numbers) for side in self._sides] + [None] * (2 - len(self._sides))
         sizes = _Head(rows, self._vocabulary, *self._both(slice(0, rows)))
-        self._work = [self._found.new_empty(library.head_work(sizes)) for _ in self._parts]
+        self._work = [self._found.new_empty(self._library.head_work(sizes)) for _ in self._parts]
         self._sums = torch.empty(len(self._parts), rows, _COLUMNS, dtype=torch.float64, device="cpu")
         width = self._sides[0].hidden.shape[1]
         self._slopes = [self._found.new_empty(rows, width) for _ in self._parts[1:]] if keep else []
@@ -195,21 +201,22 @@ class _Run:
 
     def answers(self, rows: slice) -> HeadAnswers:
         """What was found at some positions."""
-        logp, entropy, *kl = self._found[:, rows]
-        return HeadAnswers(logp=logp, entropy=entropy, kl=kl[0] if kl else None)
+        logp, entropy, *theirs = self._found[:, rows]
+        kl, ref_logp = theirs or (None, None)
+        return HeadAnswers(logp=logp, entropy=entropy, kl=kl, ref_logp=ref_logp)
 
     def forward(self, rows: slice, *, keep: bool) -> HeadAnswers:
         """Answer at some positions; ``keep`` their logits."""
         found = self.answers(rows)
-        columns = (self._targets[rows], self._sums, found.logp, found.entropy, found.kl)
+        columns = (self._targets[rows], self._sums, found.logp, found.entropy, found.kl, found.ref_logp)
         self._own = _Head(rows.stop - rows.start, self._vocabulary, *self._both(rows), *map(_at, columns))
         for_each(
             len(self._parts),
-            lambda part: library.head_forward(
+            lambda part: self._library.head_forward(
                 self._own, part, self._parts[part].start, self._parts[part].stop, _at(self._work[part])
             ),
         )
-        library.head_join(self._own, len(self._parts))
+        self._library.head_join(self._own, len(self._parts))
         return found
 
     def backward(self, rows: slice, slopes: HeadSlopes, into: Tensor, bias_sum: Tensor | None) -> None:
@@ -226,7 +233,7 @@ class _Run:
         outs = [into, *(slope[: rows.stop - rows.start] for slope in self._slopes)]
         for_each(
             len(self._parts),
-            lambda part: library.head_backward(
+            lambda part: self._library.head_backward(
                 self._own, self._parts[part].start, self._parts[part].stop, _at(outs[part]), _at(self._work[part])
             ),
         )

@@ -15,7 +15,7 @@ import sys
 import zlib
 from pathlib import Path
 
-__all__ = ["LEVELS", "SOURCES", "checksum", "compile_all", "compile_source", "compiled_from"]
+__all__ = ["BFLOAT16", "LEVELS", "SOURCES", "checksum", "compile_all", "compile_source", "compiled_from"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = (
@@ -32,6 +32,9 @@ LEVELS = ("x86-64-v4", "x86-64-v3", "") if platform.machine() in ("x86_64", "AMD
 
 The names are those of the x86-64 psABI. What is loaded is found by :mod:`bridle.native.loading`.
 """
+
+BFLOAT16 = "x86-64-v4-bf16"
+"""What can multiply in bfloat16 besides; sources that include ``halves.h`` are compiled to do so for it."""
 
 _FLAGS = (
     "-O3",
@@ -64,10 +67,11 @@ def _whole(source: Path) -> bytes:
 def compile_all(source: Path) -> tuple[list[Path], str | None]:
     """Compile ``source`` for each of LEVELS, beside it; return what was built, and why nothing could be.
 
-    A compiler that does not know a processor leaves that one out; the library for any processor is what must be built.
+    One that multiplies in bfloat16 besides, where there are such products. A compiler that does not know a processor leaves
+    that one out; the library for any processor is what must be built.
     """
-    built = []
-    for level in LEVELS:
+    built, halved = [], len(LEVELS) > 1 and b'#include "halves.h"' in source.read_bytes()
+    for level in (BFLOAT16, *LEVELS) if halved else LEVELS:
         place = compiled_from(source, level)
         problem = compile_source(source, place, level)
         if problem is None:
@@ -78,7 +82,7 @@ def compile_all(source: Path) -> tuple[list[Path], str | None]:
 
 
 def compile_source(source: Path, place: Path, level: str = "") -> str | None:
-    """Compile ``source`` to ``place`` for one of LEVELS; return why not, or None.
+    """Compile ``source`` to ``place`` for one of LEVELS or BFLOAT16; return why not, or None.
 
     The compiler is the one that CC names, else cc. What is at ``place`` stays until the new one is whole. The source can
     tell its own checksum: it is given as SOURCE.
@@ -90,7 +94,9 @@ def compile_source(source: Path, place: Path, level: str = "") -> str | None:
     if not compiler or shutil.which(compiler[0]) is None:
         return f"there is no C compiler {' '.join(compiler)!r}"
     fresh = place.with_suffix(f".{os.getpid()}.tmp")
-    flags = (*_FLAGS, f"-march={level}") if level else _FLAGS
+    flags = list(_FLAGS)
+    if level:
+        flags += ["-march=x86-64-v4", "-mavx512bf16", "-DHALVES"] if level == BFLOAT16 else [f"-march={level}"]
     try:
         done = subprocess.run(
             [*compiler, *flags, f"-DSOURCE={checksum(source)}", "-o", str(fresh), str(source), "-lm"],

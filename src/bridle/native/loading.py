@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from bridle.native.compiling import LEVELS, compiled_from
+from bridle.native.compiling import BFLOAT16, LEVELS, compiled_from
 from bridle.native.compiling import checksum as checksum_of
 
-__all__ = ["levels_here", "library_of", "load_library"]
+__all__ = ["computing_now", "halved_library_of", "levels_here", "library_of", "load_library"]
 
 
 def levels_here() -> tuple[str, ...]:
@@ -31,16 +31,34 @@ def library_of(source: Path) -> Path:
     return next((place for place in places if place.is_file()), places[-1])
 
 
-def load_library(place: Path, source: Path, functions: Mapping[str, tuple[Any, Sequence[Any]]], checksum: str) -> Any:
+def halved_library_of(source: Path) -> Path | None:
+    """Where the library lies that multiplies in bfloat16, or would; None where this processor does not."""
+    able = "x86-64-v4" in levels_here() and torch.cpu.get_capabilities().get("avx512_bf16")
+    return compiled_from(source, BFLOAT16) if able else None
+
+
+def computing_now(library: Any, halved: Any) -> Any:
+    """Of two openings of a source, the one for what is computed in: the second under autocast to bfloat16, which stands for it.
+
+    None where there is none, or autocast is to something else.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return library
+    return halved if torch.get_autocast_dtype("cpu") is torch.bfloat16 else None
+
+
+def load_library(
+    place: Path | None, source: Path, functions: Mapping[str, tuple[Any, Sequence[Any]]], checksum: str
+) -> Any:
     """Open the library at ``place`` and declare its functions; None where there is none, or none for this machine or source.
 
     Args:
-        place: the library.
+        place: the library; None: there is none.
         source: what it must have been compiled from: structures may lie otherwise in what was built before it changed.
         functions: of each name what it returns and what it takes, as ctypes has them.
         checksum: the function that returns the checksum of the library's source.
     """
-    if not place.is_file():
+    if place is None or not place.is_file():
         return None
     try:
         found = ctypes.CDLL(str(place))

@@ -19,6 +19,7 @@ typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
 #define PARTS (16 / LANES) /* registers of sixteen numbers */
 typedef float reg __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t flags __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t patterns __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))

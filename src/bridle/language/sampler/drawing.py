@@ -14,7 +14,7 @@ from bridle.guards import is_plain
 from bridle.language import decoding
 from bridle.language.causal import CausalModel
 from bridle.language.decoding import Choice
-from bridle.language.sampler.products import computed_in, projection
+from bridle.language.sampler.products import projection
 from bridle.language.sampler.protocol import SamplingSettings
 
 __all__ = ["LARGEST_UNIFORM", "Chooser", "blocked_inverse_cdf", "chooser", "draw", "inverse_cdf", "warp"]
@@ -40,7 +40,7 @@ def chooser(actor: CausalModel, settings: SamplingSettings, steps: int) -> Choos
         def compiled(
             features: Tensor, picks: NDArray[np.int64], uniforms: NDArray[np.float32]
         ) -> tuple[Tensor, Tensor, Tensor]:
-            token, logp = packed.draw(features, picks, uniforms)
+            token, logp = packed.draw(features.float(), picks, uniforms)
             return token, logp, logp
 
         return compiled
@@ -58,12 +58,11 @@ def chooser(actor: CausalModel, settings: SamplingSettings, steps: int) -> Choos
 
 
 def _packed_choice(actor: CausalModel, settings: SamplingSettings) -> Choice | None:
-    """The compiled head; None where it is not float32 on the CPU, caps its logits, or its distribution is cut."""
+    """The compiled head, of float32 as the trainer's; None where weights are others, logits capped or the distribution cut."""
     if actor.form is None or actor.form.softcap is not None or settings.warped or decoding.library is None:
         return None
     head = actor.head()
-    plain = is_plain(head.weight) and (head.bias is None or is_plain(head.bias))
-    if not plain or computed_in(head.weight) is not torch.float32:
+    if not is_plain(head.weight) or not (head.bias is None or is_plain(head.bias)):
         return None
     return Choice(head, temperature=settings.temperature)
 
