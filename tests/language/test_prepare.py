@@ -197,6 +197,23 @@ def test_the_reference_is_asked_for_what_the_leash_reads() -> None:
         assert (batch.units.ref_features is not None) == features
 
 
+def test_a_look_at_all_answers_reads_the_reference_for_the_leash_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, reference = make_policy()
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(1.1)
+    episodes, rows = rollout(policy, k=5), []
+    read = reference.states
+    monkeypatch.setattr(reference, "states", lambda ids, *given: rows.append(len(ids)) or read(ids, *given))
+    kl = KLSettings(where="reward", exact_share=0.4)
+    some = prepared(policy, reference, episodes, kl=kl, kl_coefficient=0.1).batch
+    assert sum(rows) == 12 + 30
+    every = prepared(policy, reference, episodes, kl=replace(kl, exact_share=1.0), kl_coefficient=0.1).batch
+    assert sum(rows) == 12 + 30 + 30
+    assert some.ref_logp is not None
+    assert every.ref_logp is not None
+    torch.testing.assert_close(every.ref_logp, some.ref_logp, atol=2e-6, rtol=1e-5)
+
+
 def test_another_policy_than_the_sampler_is_noticed() -> None:
     policy, reference = make_policy()
     episodes = rollout(policy)

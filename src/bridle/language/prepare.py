@@ -214,14 +214,17 @@ def prepare(
     value, last_value = _values(episodes, policy, segments, bootstrapped, recomputed, micro_batch_tokens)
     clock.lap("values")
     # on the plain path features are whole logits: there the policy asks the reference again instead of keeping them
+    asked, known = kl.reads_samples and kl_coefficient != 0, len(seen.units) == len(segments)
     ref_logp, features = read_reference(
         policy,
         reference,
         segments,
         budget=micro_batch_tokens,
-        logp=kl.reads_samples and kl_coefficient != 0,
+        logp=asked and not known,
         features=kl.in_loss == "exact" and reference.fused,
     )
+    if asked and known:
+        ref_logp = seen.ref_logp
     clock.lap("reference")
     _require_finite(
         segments,
