@@ -3,7 +3,7 @@
     python bench/bfloat16.py      → bench/results/bfloat16.json
 
 SFT: stories in capitals, which are new to it; the same batches in both. PPO: four steps of the task of recipes/stories with 16
-prompts. No speeds: what a processor without bfloat16 arithmetic takes says nothing.
+prompts. Speeds are in bench/language_speed.py.
 """
 
 from __future__ import annotations

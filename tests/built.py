@@ -23,5 +23,5 @@ def source_named(name: str) -> Path:
 
 def built(name: str, load: Callable[[Path], Any], folder: Path, level: str) -> Any:
     """What ``load`` opens of the source's library for ``level``, compiled into ``folder`` if need be; or why there is none."""
-    source, place = source_named(name), folder / "library.so"
+    source, place = source_named(name), folder / f"library.{level}.so"
     return load(compiled_from(source, level)) or compile_source(source, place, level) or load(place)

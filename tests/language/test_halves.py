@@ -1,4 +1,4 @@
-"""Compiled layers and the way back of the head with products in bfloat16: where operands are rounded, and nothing else is."""
+"""Compiled layers and head with products in bfloat16: operands are rounded, and nothing else is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bridle.language.segments import Segments
 from bridle.native.compiling import BFLOAT16
 from bridle.native.loading import halved_library_of
 from bridle.random import uniforms
-from tests.built import built, source_named
+from tests.built import HERE, built, source_named
 from tests.language.layered import CASES, Case, draw, formula, inputs
 from tests.language.tiny import byte_tokenizer, tiny_model
 
@@ -29,18 +29,24 @@ ROOMS = {"layers.c": layers, "decoding.c": decoding, "vocabulary.c": vocabulary}
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     if halved_library_of(source_named("layers.c")) is None:
         pytest.skip("this processor does not multiply in bfloat16")
-    return {name: built(name, room.load, tmp_path_factory.mktemp(name[:-2]), BFLOAT16) for name, room in ROOMS.items()}
+    place, found = tmp_path_factory.mktemp("compiled"), {}
+    for name, room in ROOMS.items():
+        (place / name).mkdir()
+        found |= {(name, level): built(name, room.load, place / name, level) for level in (HERE[0], BFLOAT16)}
+    return found
 
 
 @pytest.fixture(autouse=True)
-def compiled(libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled(libraries: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, room in ROOMS.items():
-        if isinstance(libraries[name], str) or room.library is None:
-            pytest.skip(f"not compiled: {libraries[name]}")
-        monkeypatch.setattr(room, "halved", libraries[name])
+        for level, place in ((HERE[0], "library"), (BFLOAT16, "halved")):
+            found = libraries[name, level]
+            if isinstance(found, str):
+                pytest.skip(f"not compiled: {found}")
+            monkeypatch.setattr(room, place, found)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -71,7 +77,8 @@ def gradients(layer: Any, case: Case, dtype: torch.dtype) -> list[Tensor]:
     shape, (x, cosine, sine), weights = inputs(case)
     x, cosine, sine = x.to(dtype).requires_grad_(), cosine.to(dtype), sine.to(dtype)
     own = [None if w is None else w.to(dtype).requires_grad_() for w in weights]
-    y = layer(shape, x, cosine, sine, own)
+    with torch.autocast("cpu", dtype=BFLOAT, enabled=dtype == torch.float32):
+        y = layer(shape, x, cosine, sine, own)
     (y * draw(*y.shape, seed=5).to(dtype)).sum().backward()
     return [y.detach(), *(t.grad for t in (x, *own) if t is not None and t.grad is not None)]
 
@@ -81,13 +88,12 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / (expected.norm() or 1.0))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, (2, 9, 16, 2, 1, 8, 1030, True), (1, 5, 8, 1, 1, 8, 2063, False)])
 def test_a_layer_there_and_back_rounds_what_it_multiplies(
     case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sum in another order may round an operand the other way, so the oracle is met up to a fraction of its own rounding."""
-    with torch.autocast("cpu", dtype=BFLOAT):
-        found = gradients(decoder_layer, case, torch.float32)
+    found = gradients(decoder_layer, case, torch.float32)
     exact = gradients(formula, case, torch.float64)
     monkeypatch.setattr(nn.functional, "linear", with_rounded_products)
     expected = gradients(formula, case, torch.float64)
@@ -111,36 +117,41 @@ def test_other_passes_of_the_same_are_the_same_to_the_bit(threads: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "width", "count"), [(13, 64, 512), (29, 40, 1001), (7, 9, 203)])
-def test_a_heads_answers_are_those_of_float32_and_its_slopes_of_rounded_operands(
-    rows: int, width: int, count: int, threads: int
-) -> None:
+def test_a_head_there_and_back_rounds_what_it_multiplies(rows: int, width: int, count: int, threads: int) -> None:
     hidden, weight, bias = (draw(*size, seed=sum(size)).float() for size in ((rows, width), (count, width), (count,)))
+    theirs, other = draw(rows, 24, seed=1).float(), draw(count, 24, seed=2).float()
     head, targets = VocabularyHead(weight=weight, bias=bias), torch.arange(rows) * 7 % count
-    along = draw(rows, seed=8).float()
+    along, grad = draw(rows, seed=8).float(), torch.zeros_like(weight)
 
     def weighing(part: slice, found: HeadAnswers) -> HeadSlopes:
         return HeadSlopes(logp=along[part], entropy=0.3 * along[part])
 
-    def answered() -> list[Tensor]:
-        grad = torch.zeros_like(weight)
-        answers, slope = vocabulary.head_answers(hidden, head, targets, weighing=weighing, weight_grad=grad)
-        assert slope is not None
-        return [answers.logp, answers.entropy, slope, grad]
-
-    plain = answered()
     with torch.autocast("cpu", dtype=BFLOAT):
-        found = answered()
-    assert torch.equal(found[0], plain[0])
-    assert torch.equal(found[1], plain[1])
-    logs = (hidden.double() @ weight.double().T + bias).log_softmax(-1)
-    p, entropy = logs.exp(), -(logs.exp() * logs).sum(-1, keepdim=True)
-    chosen = nn.functional.one_hot(targets, count).double()
-    d = along[:, None] * (chosen - p) - 0.3 * along[:, None] * p * (logs + entropy)
-    own, at = rounded(d), [rounded(t.double()) for t in (weight, hidden)]
-    for ours, oracle, truth in (
-        (found[2], own @ at[0], d @ weight.double()),
-        (found[3], own.T @ at[1], d.T @ hidden.double()),
+        answers, slope = vocabulary.head_answers(
+            hidden,
+            head,
+            targets,
+            reference=(theirs, VocabularyHead(weight=other)),
+            weighing=weighing,
+            weight_grad=grad,
+        )
+    assert slope is not None
+    assert answers.kl is not None
+    assert answers.ref_logp is not None
+    at = [rounded(t.double()) for t in (hidden, weight, theirs, other)]
+    logs, ref = (at[0] @ at[1].T + bias).log_softmax(-1), (at[2] @ at[3].T).log_softmax(-1)
+    p, entropy, rows_of = logs.exp(), -(logs.exp() * logs).sum(-1), torch.arange(rows)
+    for ours, oracle in (
+        (answers.logp, logs[rows_of, targets]),
+        (answers.entropy, entropy),
+        (answers.kl, (p * (logs - ref)).sum(-1)),
+        (answers.ref_logp, ref[rows_of, targets]),
     ):
+        torch.testing.assert_close(ours.double(), oracle, rtol=1e-5, atol=2e-5)
+    chosen = nn.functional.one_hot(targets, count).double()
+    d = along[:, None] * (chosen - p) - 0.3 * along[:, None] * p * (logs + entropy[:, None])
+    own = rounded(d)
+    for ours, oracle, truth in ((slope, own @ at[1], d @ at[1]), (grad, own.T @ at[0], d.T @ at[0])):
         noise = apart(oracle, truth)
         assert 5e-4 < noise < 1e-2
         assert apart(ours, oracle) <= 0.2 * noise

@@ -197,6 +197,21 @@ def test_the_reference_is_asked_for_what_the_leash_reads() -> None:
         assert (batch.units.ref_features is not None) == features
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_look_tells_the_references_own_log_probs(fused: bool) -> None:
+    policy, reference = make_policy()
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(1.5)
+    if not fused:
+        policy.actor.form = reference.form = None
+    episodes = rollout(policy)
+    segments = Segments.of([e.prompt.ids for e in episodes], [e.ids for e in episodes])
+    seen = look(policy, reference, segments, torch.arange(len(segments)), budget=None)
+    expected, _ = read_reference(policy, reference, segments, budget=None, logp=True, features=False)
+    torch.testing.assert_close(seen.ref_logp, expected, atol=2e-6, rtol=1e-5)
+    assert (seen.ref_logp - seen.logp).abs().mean() > 0.01
+
+
 def test_a_look_at_all_answers_reads_the_reference_for_the_leash_too(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, reference = make_policy()
     with torch.no_grad():

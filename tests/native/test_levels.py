@@ -17,13 +17,13 @@ from bridle.control.observations import Observations
 from bridle.control.policy import Transitions
 from bridle.control.small import SmallActorCritic
 from bridle.control.spaces import action_spec, observation_spec
-from bridle.core.head import VocabularyHead
+from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead
 from bridle.language import layers, vocabulary
 from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.native.compiling import LEVELS, compile_all, compiled_from
-from bridle.native.loading import levels_here, library_of
+from bridle.native.loading import halved_library_of, levels_here, library_of
 from tests.built import HERE, built
 from tests.language.layered import CASES, Case, draw, inputs
 
@@ -42,9 +42,14 @@ def test_the_best_that_there_is_is_taken(tmp_path: Path, monkeypatch: pytest.Mon
     assert library_of(source) == compiled_from(source, HERE[0])
     compiled_from(source, HERE[0]).unlink()
     assert library_of(source) == compiled_from(source, HERE[1])
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert levels_here() == ("",)
-    assert library_of(source) == compiled_from(source)
+    for sees, levels in (("DEFAULT", ("",)), ("AVX2", LEVELS[1:]), ("AVX512", LEVELS)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda sees=sees: sees)
+        assert levels_here() == levels
+        assert (halved_library_of(source) is None) or sees == "AVX512"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "bmi2": False})
+    assert levels_here() == ("",)  # a virtual machine that hides a part of what AVX2's level stands for
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert halved_library_of(source) is None
 
 
 def test_a_level_that_the_compiler_does_not_know_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +88,27 @@ def test_a_head_there_and_back(
 ) -> None:
     found = []
     for level in FUSED:
-        monkeypatch.setattr(vocabulary, "library", built("vocabulary.c", vocabulary.load, tmp_path, level))
-        hidden, weight = (draw(n, width, seed=n).float().requires_grad_() for n in (rows, count))
-        targets = torch.arange(rows) * 7 % count
-        logp, entropy = vocabulary.token_logprobs(hidden, VocabularyHead(weight=weight), targets)
-        (logp.sum() + 0.3 * entropy.sum()).backward()
-        found.append([logp.detach(), entropy.detach(), hidden.grad, weight.grad])
+        library = built("vocabulary.c", vocabulary.load, tmp_path, level)
+        monkeypatch.setattr(vocabulary, "library", library)
+        (hidden, weight), (theirs, other) = (
+            [draw(n, w, seed=n + w).float() for n in (rows, count)] for w in (width, 24)
+        )
+        along, grad = draw(rows, seed=3).float(), torch.zeros_like(weight)
+
+        def weighing(part: slice, _: HeadAnswers, along: Tensor = along) -> HeadSlopes:
+            return HeadSlopes(logp=along[part], entropy=0.3 * along[part], kl=along[part].flip(0))
+
+        answers, slope = vocabulary.head_answers(
+            hidden,
+            VocabularyHead(weight=weight),
+            torch.arange(rows) * 7 % count,
+            reference=(theirs, VocabularyHead(weight=other)),
+            weighing=weighing,
+            weight_grad=grad,
+        )
+        given = (answers.logp, answers.entropy, answers.kl, answers.ref_logp, slope, grad)
+        found.append([one for one in given if one is not None])
+    assert len(found[0]) == 6
     assert alike(*found)
 
 

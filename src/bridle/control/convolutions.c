@@ -86,7 +86,7 @@ INLINE void forward_block(const int high, int64_t rows, int64_t stretch, int64_t
 
 /* One layer of some images, whose patches begin at x + at[p]. */
 static void layer_forward(const convolution *l, const float *panels, const float *bias, int64_t pixels,
-                                 const place *at, const float *x, float *y) {
+                          const place *at, const float *x, float *y) {
   const int64_t stretch = stretch_of(l), row = l->width * l->channels;
   const int64_t together = stretch < DEEP ? DEEP / stretch : 1;
   for (int64_t j = 0; j < l->filters; j += WIDE)
@@ -130,7 +130,7 @@ INLINE void weight_block(const int high, int64_t pixels, const place *at, const 
 /* Add what slopes dy [filters / 16][pixels, 16] of a layer of some images come to: to gradient [patch, padded filters] and
    to sums [padded filters]. */
 static void layer_weights(const convolution *l, int64_t pixels, const place *at, const float *x, const float *dy,
-                                 float *gradient, float *sums) {
+                          float *gradient, float *sums) {
   const int64_t stretch = stretch_of(l), row = l->width * l->channels, step = padded(l->filters);
   const int64_t parts = (pixels + PIXELS - 1) / PIXELS;
   for (int64_t part = 0; part < parts; part++) {
@@ -187,7 +187,7 @@ INLINE void slope_block(const int high, int64_t filters, const float *dy, int64_
 
 /* Add to dx what slopes dy [filters / 16][pixels, 16] come to, with weights in panels of 16 numbers of a patch's row. */
 static void layer_slopes(const convolution *l, const float *panels, int64_t pixels, const place *at, const float *dy,
-                                float *dx) {
+                         float *dx) {
   const int64_t stretch = stretch_of(l), row = l->width * l->channels;
   for (int64_t r = 0; r < l->tall; r++)
     for (int64_t k = 0; k < stretch; k += WIDE, panels += WIDE * l->filters) {
@@ -270,7 +270,7 @@ static void turn(int64_t images, int64_t pixels, int64_t filters, const float *y
 /* Slopes [filters, pixels] of some images through the last rectifier, as [filters / 16][images pixels, 16], the last one
    filled up with 0. */
 static void turn_back(int64_t images, int64_t pixels, int64_t filters, const float *features, const float *slopes,
-                             float *dy) {
+                      float *dy) {
   for (int64_t n = 0; n < images; n++, features += pixels * filters, slopes += pixels * filters)
     for (int64_t j = 0; j < padded(filters); j++) {
       float *to = dy + (j / WIDE * images + n) * pixels * WIDE + j % WIDE;

@@ -90,7 +90,7 @@ static void product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t
 
 /* C[m, n] += A B; where few columns would leave blocks half empty and A lies column by column, C^T = B^T A^T. */
 static void add_product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
-                               float *restrict c, float *restrict pad) {
+                        float *restrict c, float *restrict pad) {
   if (n > 8 || m % 16 || da != 1) {
     product(m, n, depth, a, da, dk, b, n, c, n, 1, pad);
     return;
@@ -141,7 +141,7 @@ EXPORT int64_t perceptron_source(void) { return SOURCE; }
 
 /* out(j, i) = h_i W_j^T + b_j of few outputs: sums along a row instead of blocks that would stand half empty. */
 static void outputs(int64_t rows, int64_t n, int64_t in, const float *restrict h, const float *restrict weight,
-                           const float *restrict bias, float *restrict out, int64_t across, int64_t along) {
+                    const float *restrict bias, float *restrict out, int64_t across, int64_t along) {
   for (int64_t i = 0; i < rows; i++, h += in)
     for (int64_t j = 0; j < n; j++) {
       const float *w = weight + j * in;
@@ -165,7 +165,7 @@ static void through(int64_t count, const float *restrict layer, float *restrict 
 
 /* gradient_j += sum_i A(i, j) with A(i, j) = a[i da + j dk]. */
 static void add_columns(int64_t rows, int64_t n, const float *restrict a, int64_t da, int64_t dk,
-                               float *restrict gradient) {
+                        float *restrict gradient) {
   if (dk == 1)
     for (int64_t i = 0; i < rows; i++)
       for (int64_t j = 0; j < n; j++) gradient[j] += a[i * da + j];
@@ -325,22 +325,22 @@ INLINE void normal_down(int64_t n, int64_t width, const float *z, const float *l
 }
 
 EXPORT int64_t softmax_forward(int64_t n, int64_t actions, const float *z, const int64_t *chosen, float *logs, float *p,
-                                      float *logp, float *entropy) {
+                               float *logp, float *entropy) {
   return softmax_up(n, actions, z, chosen, logs, p, logp, entropy);
 }
 
 EXPORT void softmax_backward(int64_t n, int64_t actions, const int64_t *chosen, const float *logs, const float *p,
-                                    const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
+                             const float *entropy, const float *to_logp, const float *to_entropy, float *to_z) {
   softmax_down(n, actions, chosen, logs, p, entropy, to_logp, to_entropy, to_z);
 }
 
 EXPORT void normal_forward(int64_t n, int64_t width, const float *mean, const float *actions, const float *log_std,
-                                  float *z, float *logp) {
+                           float *z, float *logp) {
   normal_up(n, width, mean, actions, log_std, z, logp);
 }
 
 EXPORT void normal_backward(int64_t n, int64_t width, const float *z, const float *log_std, const float *to_logp,
-                                   const float *to_entropy, float *to_mean, float *to_log_std) {
+                            const float *to_entropy, float *to_mean, float *to_log_std) {
   normal_down(n, width, z, log_std, to_logp, to_entropy, to_mean, to_log_std);
 }
 

@@ -95,7 +95,7 @@ static void weigh(int64_t begin, int64_t keys, float scale, float *s, float *lar
 
 /* w = 2^(scale (s - largest)) share in place of s, and w o (d - through) of d; 0 after what query i sees. */
 static void weigh_back(int64_t begin, int64_t keys, float scale, const float *largest, const float *share,
-                              const float *through, float *s, float *d) {
+                       const float *through, float *s, float *d) {
   reg most[PARTS], part[PARTS], less[PARTS];
   for (int i = 0; i < PARTS; i++) {
     most[i] = *(const reg *)(largest + LANES * i), part[i] = *(const reg *)(share + LANES * i);
@@ -120,7 +120,7 @@ static void weigh_back(int64_t begin, int64_t keys, float scale, const float *la
 
 /* C[rows, n] = A^T B, A [depth][SIDE], B packed with `tall` rows: eight of C at a time where panels are eight wide. */
 static void gather(int64_t rows, int64_t n, int64_t depth, const float *a, const float *b, int64_t tall, float *c,
-                          int64_t dc) {
+                   int64_t dc) {
   for (int64_t j = 0; j < n; j += 16, b += 16 * tall)
     for (int64_t i = 0; i < rows; i += 8)
       if (n - j > 8) panel(1, least(8, rows - i), depth, a + i, 1, SIDE, b, 0, c + i * dc + j, dc, 16, 0);
@@ -282,7 +282,7 @@ static void narrow_back(const sight *l, const float *q, const float *k, const fl
                         const float *sums, float *dq, float *dk, float *dv, float *work) {
   const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, apart = l->along;
   float *keys = work, *values = keys + 8 * length, *key_slopes = values + 8 * length, *value_slopes = key_slopes + 8 * length;
-  float *w = value_slopes + 8 * length, *d = w + LANES * length, turned[8 * LANES], most[LANES] = {0}, share[LANES] = {0};
+  float *w = value_slopes + 8 * length, *d = w + LANES * length, turned[8 * LANES], most[LANES], share[LANES];
   float through[LANES];
   pack(end, 8, k, stride, keys);
   pack(end, 8, v, stride, values);
@@ -291,6 +291,7 @@ static void narrow_back(const sight *l, const float *q, const float *k, const fl
     for (int64_t begin = l->begin; begin < end; begin += LANES) {
       const int64_t rows = least(LANES, end - begin), stop = begin + rows;
       const float *from = q + begin * stride, *down = slope + begin * apart;
+      memset(most, 0, sizeof most), memset(share, 0, sizeof share); /* of queries that are not there */
       memcpy(most, sums + begin, sizeof(float) * rows);
       memcpy(share, sums + length + begin, sizeof(float) * rows);
       across(rows, l->scale * LOG2_E, from, stride, turned);

@@ -122,7 +122,7 @@ def _asks_all(config: Any, layers: int) -> bool:
 def _stands(backbone: PreTrainedModel, known: _Backbone) -> bool:
     """Whether a backbone is what it was, its tokens and layers go through compiled code, and no layer is to be run again.
 
-    On other devices and in other precisions it is not, which shows here, before a token is embedded.
+    On other devices, and in precisions that are not compiled, it is not, which shows here, before a token is embedded.
     """
     if layers.code() is None or not all(is_plain(one) for one in (known.embed.weight, known.norm.weight)):
         return False

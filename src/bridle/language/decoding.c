@@ -298,14 +298,17 @@ static int64_t blocks_of(const choice *c) { return (c->vocabulary + SOME - 1) / 
 static int64_t states_of(const choice *c) { return most(1, PIECE / (blocks_of(c) * SOME)); }
 
 EXPORT int64_t choice_numbers(const choice *c) { return c->width * padded(c->vocabulary); }
-EXPORT void choice_pack(const choice *c) { pack_turned(c->width, c->vocabulary, c->weight, c->width, c->packed); }
+EXPORT void choice_pack(const choice *c) {
+  pack_turned(c->width, c->vocabulary, c->weight, c->width, c->packed);
+  halve(c->width, c->vocabulary, c->packed);
+}
 
 /* Numbers that `work` must hold for so many states. */
 EXPORT int64_t choice_work(const choice *c, int64_t states) { return least(states, states_of(c)) * blocks_of(c) * (SOME + 2); }
 
 /* From raw products to logits, of `count` tokens from `first` on: each row's largest, and the sum of e^(z - largest). */
 static void sum_up(const choice *c, int64_t rows, int64_t first, int64_t count, float *z, int64_t stride, float *sums,
-                          int64_t apart) {
+                   int64_t apart) {
   for (int64_t i = 0; i < rows; i++, z += stride, sums += apart) {
     for (int64_t j = 0; c->bias && j < count; j++) z[j] += c->bias[first + j];
     for (int64_t j = 0; c->by != 1.0f && j < count; j++) z[j] *= c->by;
@@ -365,7 +368,7 @@ EXPORT void choose(const choice *c, int64_t states, const float *hidden, int64_t
     const int64_t rows = least(at_once, states - from);
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t first = b * SOME, count = least(SOME, c->vocabulary - first);
-      product(rows, count, c->width, hidden + from * c->width, c->width, 1, c->packed + first * c->width, c->width, z + first, stride, 0);
+      linear_product(rows, count, c->width, hidden + from * c->width, c->width, c->packed + first * c->width, z + first, stride, 0);
       sum_up(c, rows, first, count, z + first, stride, sums + 2 * b, 2 * blocks);
     }
     for (int64_t i = 0; i < answers; i++) {

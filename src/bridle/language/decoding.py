@@ -236,14 +236,15 @@ class Choice:
 
     def __init__(self, head: VocabularyHead, *, temperature: float) -> None:
         """``head``: float32 on the CPU, without a cap on its logits; ``temperature``: τ."""
+        self._library = code() or library
         self._held = (head.weight.detach().contiguous(), None if head.bias is None else head.bias.detach().contiguous())
         weight, bias = self._held
         vocabulary, width = weight.shape
         places = (weight.data_ptr(), None if bias is None else bias.data_ptr(), None)
         self._choice = _Choice(width, vocabulary, *places, head.scale / temperature)
-        self._packed = _numbers(library.choice_numbers(self._choice))
+        self._packed = _numbers(self._library.choice_numbers(self._choice))
         self._choice.packed = self._packed.data_ptr()
-        library.choice_pack(self._choice)
+        self._library.choice_pack(self._choice)
         self._work: dict[int, Tensor] = {}
 
     def draw(
@@ -264,13 +265,15 @@ class Choice:
             part = parts[number]
             own = picks - part.start if part.start else picks
             given = (len(part), hidden[part.start :].data_ptr(), len(picks), own.ctypes.data, uniforms.ctypes.data)
-            library.choose(self._choice, *given, tokens.data_ptr(), logp.data_ptr(), self._room(number, len(part)))
+            self._library.choose(
+                self._choice, *given, tokens.data_ptr(), logp.data_ptr(), self._room(number, len(part))
+            )
 
         for_each(len(parts), one)
         return tokens, logp
 
     def _room(self, number: int, states: int) -> int:
-        needed = library.choice_work(self._choice, states)
+        needed = self._library.choice_work(self._choice, states)
         if number not in self._work or len(self._work[number]) < needed:
             self._work[number] = _numbers(needed)
         return self._work[number].data_ptr()

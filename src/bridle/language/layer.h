@@ -64,12 +64,12 @@ INLINE void turn(int64_t rows, int64_t heads, int64_t width, const float *cosine
 }
 
 static void turn_forth(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
-                              int64_t stride) {
+                       int64_t stride) {
   turn(rows, heads, width, cosine, sine, x, stride, 0);
 }
 
 static void turn_back(int64_t rows, int64_t heads, int64_t width, const float *cosine, const float *sine, float *x,
-                             int64_t stride) {
+                      int64_t stride) {
   turn(rows, heads, width, cosine, sine, x, stride, 1);
 }
 

@@ -32,7 +32,7 @@
 
 /* d += the norm's pull-back of `slope`: with s = rsqrt(mean x^2 + eps), s w o slope - x s^3 mean(x o w o slope). */
 static void norm_back(int64_t rows, int64_t width, float eps, const float *x, const float *w, const float *slope, float *d,
-                             float *restrict w_gradient) {
+                      float *restrict w_gradient) {
   for (int64_t i = 0; i < rows; i++, x += width, slope += width, d += width) {
     vec squares = {0}, along = {0};
     for (int64_t j = 0; j < width; j += 8) {

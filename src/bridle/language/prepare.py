@@ -45,7 +45,8 @@ GAP_BOUNDS = {
     torch.float32: GapBound(mean=1e-5, maximum=1e-4, stop_mean=1e-2),
     torch.bfloat16: GapBound(mean=0.0, maximum=0.0, stop_mean=0.25),
 }
-"""Per compute dtype. In bfloat16 recomputing is the rule: the two paths round differently at every layer."""
+"""Per compute dtype. In bfloat16 recomputing is the rule: the two paths add up in other orders, and a rounding apart
+goes on from layer to layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +89,9 @@ def look(
         with policy.computing():
             features = policy.actor.states(place.input_ids, place.rows, place.columns).features
             theirs = reference.states(place.input_ids, place.rows, place.columns).features
-        found, _ = policy.actor.answers(
-            features, place.targets, reference=(reference, theirs), temperature=policy.temperature
-        )
+            found, _ = policy.actor.answers(
+                features, place.targets, reference=(reference, theirs), temperature=policy.temperature
+            )
         assert found.kl is not None
         assert found.ref_logp is not None
         at = _places(starts, part.sizes, group).to(device)
@@ -145,9 +146,9 @@ def read_reference(
         place = layout(part, device)
         with policy.computing():
             theirs = reference.states(place.input_ids, place.rows, place.columns).features
-        if logp:
-            found, _ = reference.logprobs(theirs, place.targets, temperature=policy.temperature, with_entropy=False)
-            ref_logp[_places(starts, sizes, group).to(device)] = found
+            if logp:
+                said = reference.logprobs(theirs, place.targets, temperature=policy.temperature, with_entropy=False)
+                ref_logp[_places(starts, sizes, group).to(device)] = said[0]
         if features:
             kept |= dict(zip(group.tolist(), torch.split(theirs, part.sizes.tolist()), strict=True))
     return ref_logp if logp else None, tuple(kept[u] for u in range(len(segments))) if features else None

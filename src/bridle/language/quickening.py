@@ -1,8 +1,8 @@
 """Which layers of a model run compiled: those that are built as a Llama layer is, and answer as the compiled one does.
 
 Such a layer becomes one of a class derived from its own, as FSDP2 does it, so that what transformers does around a layer
-stays as it is. What is asked, and of what, is looked at in every call: masks, caches, adapters, half precision, autocast,
-dropout, another attention, a GPU or whatever else is not served goes to the layer's own ``forward``, which is the oracle.
+stays as it is. What is asked, and of what, is looked at in every call: masks, caches, adapters, half precision, autocast that
+is not compiled, dropout, another attention, a GPU or whatever else is not served goes to the layer's ``forward``, the oracle.
 """
 
 from __future__ import annotations

@@ -146,8 +146,8 @@ def open_roles(
 
     With adapters (``lora``, drawn from ``seed``) all roles share one base: the actor is base and adapter, the reference the
     base alone or, where the actor starts from an adapter, that one frozen; a critic of its own has its own adapter and head.
-    Where ``compute_dtype`` is bfloat16 layers hold their weights in it, behind which ``masters`` keep float32; see
-    :func:`bridle.language.models.masters_of`. Raises ModelError for a folder that cannot serve.
+    Where ``compute_dtype`` is bfloat16 layers that do not run compiled in it hold their weights in it, behind which ``masters``
+    keep float32; see :func:`bridle.language.shadow.masters_of`. Raises ModelError for a folder that cannot serve.
     """
     adapted = None
     if lora is not None and lora.rank is not None:

@@ -1,4 +1,4 @@
-/* What softmax(h W^T + b) says of a target at each of some positions, and the gradient of a loss of it, on a CPU in float32:
+/* What softmax(h W^T + b) says of a target at each of some positions, and the gradient of a loss of it, on a CPU in float32 (products as halves.h has them):
 
        log p_t = z_t - L,   H = L - sum p z,   KL = sum p (z - y) - L + M        L, M = log sum e^z, log sum e^y  (head_forward,
                                                                                  y the logits of a reference       head_join)
@@ -61,7 +61,8 @@ EXPORT int64_t head_work(const head *h) {
 /* The logits of `count` tokens from `first` on, [rows, SOME]. */
 static void logits_of(const side *s, int64_t rows, int64_t first, int64_t count, float *packed, float *z) {
   pack_turned(s->width, count, s->weight + first * s->width, s->width, packed);
-  product(rows, count, s->width, s->hidden, s->width, 1, packed, s->width, z, SOME, 0);
+  halve(s->width, count, packed);
+  linear_product(rows, count, s->width, s->hidden, s->width, packed, z, SOME, 0);
   for (int64_t i = 0; s->bias && i < rows; i++)
     for (int64_t j = 0; j < count; j++) z[i * SOME + j] += s->bias[first + j];
   for (int64_t i = 0; i < rows; i++)

@@ -77,8 +77,7 @@ def load(place: Path | None) -> Any:
 library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
 halved: Any = load(halved_library_of(_SOURCE))
-"""The same whose way back multiplies in bfloat16 and sums in float32; None where the processor does not, or it was not
-built."""
+"""The same with products in bfloat16, summed in float32; None where the processor has none, or it was not built."""
 
 
 @torch.no_grad()
@@ -95,9 +94,9 @@ def head_answers(
 ) -> tuple[HeadAnswers, Float[Tensor, "N D"] | None]:
     """Answer as :func:`bridle.core.head.head_answers` does, compiled where that is served, else by it.
 
-    Served are plain float32 tensors on the CPU whose logits are not capped; what does not fit together is refused there. The
-    answers are of float32 whatever the caller computes in. Under autocast to bfloat16 the slopes of logits, and what they
-    meet, are rounded for the products of the way back, where the processor has them.
+    Served are plain float32 tensors on the CPU whose logits are not capped; what does not fit together is refused there. Under
+    autocast to bfloat16 hidden states, weights and slopes of logits are rounded for the products, there and back, where the
+    processor has such; nothing else is. Elsewhere all is of float32, whatever the caller computes in.
     """
     sides = [(hidden, head)] if reference is None else [(hidden, head), reference]
     if not (temperature > 0 and _served(sides, targets, (weight_grad, bias_grad))):

@@ -20,9 +20,21 @@ def levels_here() -> tuple[str, ...]:
 
     As PyTorch sees it, whose ATEN_CPU_CAPABILITY=avx2 or =default takes away what is better here too.
     """
-    sees = torch.backends.cpu.get_cpu_capability()
+    sees, told = torch.backends.cpu.get_cpu_capability(), _capabilities()
     lacking = {"AVX512": (), "AVX2": ("x86-64-v4",)}.get(sees, ("x86-64-v4", "x86-64-v3"))
+    if not all(told.get(name, True) for name in _WITH_AVX2):
+        lacking = ("x86-64-v4", "x86-64-v3")
     return tuple(level for level in LEVELS if level not in lacking)
+
+
+_WITH_AVX2 = ("fma3", "f16c", "bmi2", "lzcnt")
+"""What x86-64-v3 has besides, and a virtual machine may hide."""
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What PyTorch says of the processor; nothing before 2.11, which does not say."""
+    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return told
 
 
 def library_of(source: Path) -> Path:
@@ -33,7 +45,7 @@ def library_of(source: Path) -> Path:
 
 def halved_library_of(source: Path) -> Path | None:
     """Where the library lies that multiplies in bfloat16, or would; None where this processor does not."""
-    able = "x86-64-v4" in levels_here() and torch.cpu.get_capabilities().get("avx512_bf16")
+    able = "x86-64-v4" in levels_here() and _capabilities().get("avx512_bf16")
     return compiled_from(source, BFLOAT16) if able else None
 
 

@@ -165,8 +165,11 @@ def _own_source() -> str:
 
 @cache
 def _processor() -> str:
-    """Name the processor: another one may add up in another order."""
+    """Name the processor, and what of it is used: another one, or other instructions of it, may add up in another order."""
+    import torch
+
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    name = next(named, platform.processor() or platform.machine())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
