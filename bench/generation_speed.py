@@ -9,7 +9,8 @@ a random Llama of 15M parameters (width 288, 6 layers, 6 heads, vocabulary 32,00
 real beginnings of stories, the real end token and what is left of the model's 512 positions at 260K, and at 15M so many end
 tokens that an answer has 24 tokens on average. `generate` then does what its users do: batches of 64 rows, padded on the
 left, each until its last row ends. Both sides sample from the whole distribution at temperature 1; the engine also
-reports log-probs, and has the model as Bridle opens it, with compiled layers. With one thread processor seconds are compared,
+reports log-probs, and has the model as Bridle opens it, with compiled layers. In bfloat16 `generate` holds its weights in it,
+and the engine computes in it. With one thread processor seconds are compared,
 with two wall seconds (both are kept), and the median of the rounds' ratios is what counts. The floors are measured in the same
 process: a step's arithmetic at the rate of a large float32 product, and the time to read its weights and its keys and values
 at the rate of a long sum.
@@ -26,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WANTED = {("260K", "uniform"): 1.5, ("15M", "uniform"): 2.0, ("260K", "varying"): 3.0, ("15M", "varying"): 4.0}
 """Times `generate`, in float32; at 15M half as much again in bfloat16."""
 NEW = {("260K", "uniform"): 128, ("15M", "uniform"): 48, ("260K", "varying"): 256, ("15M", "varying"): 104}
+
+
+Computing = Callable[[], AbstractContextManager[Any]]
 
 
 def model_of(name: str, **changes: int) -> PreTrainedModel:
@@ -161,13 +165,13 @@ def floors(model: PreTrainedModel, rows: int, length: float) -> dict[str, float]
     }
 
 
-def gap(model: PreTrainedModel, prompts: list[Tensor], answers: list[Sampled]) -> dict[str, float]:
+def gap(actor: CausalModel, computing: Computing, prompts: list[Tensor], answers: list[Sampled]) -> dict[str, float]:
     """|sampler's log-prob − the trainer's|, nats."""
-    actor, found = CausalModel(model), []
+    found = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.cat([prompt, answer.ids])
         columns = torch.arange(len(prompt) - 1, len(ids) - 1)
-        with torch.no_grad():
+        with torch.no_grad(), computing():
             states = actor.states(ids[None], torch.zeros_like(columns), columns)
             logp, _ = actor.logprobs(states.features, answer.ids, with_entropy=False)
         found.append((logp - answer.logp).abs())
@@ -175,16 +179,20 @@ def gap(model: PreTrainedModel, prompts: list[Tensor], answers: list[Sampled]) -
     return {"mean": float(whole.mean()), "max": float(whole.max())}
 
 
-def opened(model: PreTrainedModel, stops: tuple[int, ...]) -> tuple[EmbeddedSampler, dict[str, float]]:
-    """The engine over the model as Bridle opens it, warm, and what opening it and a first step cost in processor seconds."""
-    model = copy.deepcopy(model)
+def opened(
+    model: PreTrainedModel, stops: tuple[int, ...], computing: Computing = nullcontext
+) -> tuple[EmbeddedSampler, CausalModel, dict[str, float]]:
+    """The engine over the model as Bridle opens it, in float32 whatever it computes in; warm; the model as the trainer has it;
+    and what opening it and a first step cost in processor seconds."""
+    model = copy.deepcopy(model).float()
     start = time.process_time()
-    engine = embedded_sampler(CausalModel(join_layers(quicken(attend_narrowly(model)))), stops)
+    actor = CausalModel(join_layers(quicken(attend_narrowly(model))))
+    engine = embedded_sampler(actor, stops, computing=computing)
     opening = time.process_time() - start
     start = time.process_time()
     with recording_at_once():
         engine([torch.tensor([5, 6])], uniforms(0, "bench.warm", 0, [0], 2), SamplingSettings(max_new_tokens=2))
-    return engine, {"opening_cpu_seconds": opening, "recording_cpu_seconds": time.process_time() - start}
+    return engine, actor, {"opening_cpu_seconds": opening, "recording_cpu_seconds": time.process_time() - start}
 
 
 @contextmanager
@@ -203,7 +211,9 @@ def part(options: argparse.Namespace) -> dict[str, Any]:
     model.generation_config.eos_token_id = None
     vocabulary, new = model.config.vocab_size, options.new or NEW[name, kind]
     stops, prompts = stops_of(name, kind, vocabulary), prompts_of(name, kind, vocabulary, options.groups)
-    engine, opening = opened(model, stops)
+    dtype = DTYPES[options.dtype]
+    computing = partial(torch.autocast, "cpu", dtype=dtype, enabled=dtype != torch.float32)
+    engine, actor, opening = opened(model, stops, computing)
     draws, settings = (
         uniforms(0, "bench.draws", 0, range(len(prompts)), new),
         SamplingSettings(max_new_tokens=new, rows=ROWS),
@@ -240,7 +250,7 @@ def part(options: argparse.Namespace) -> dict[str, Any]:
         "median_ratio_to_generate": {side: statistics.median(found) for side, found in ratios.items()},
         "ratio_range": {side: [min(found), max(found)] for side, found in ratios.items()},
         "wanted": WANTED[name, kind] * (1.5 if (name, options.dtype) == ("15M", "bfloat16") else 1.0),
-        "gap_to_trainer": gap(model, prompts[:8], answers),
+        "gap_to_trainer": gap(actor, computing, prompts[:8], answers),
         "floors": floors(model, ROWS, length),
         "laps": laps,
     }
@@ -250,7 +260,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     """One point of an axis: generation's time and the memory that it adds to what the model takes, in a process of its own."""
     size = {"length": 64, "batch": 16, "vocabulary": 32_000, options.axis: options.value}
     model = model_of("15M", vocab_size=size["vocabulary"])
-    engine, _ = opened(model, ())
+    engine, _, _ = opened(model, ())
     rows, new = size["batch"], size["length"] if options.axis == "length" else 32
     draws = generator(0, "bench.generation", rows)
     prompts = [torch.from_numpy(draws.integers(3, 512, size=32)) for _ in range(rows)]

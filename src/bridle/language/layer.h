@@ -40,11 +40,17 @@ static void norm(int64_t rows, int64_t width, float eps, const float *x, const f
 
 /* act = silu(g) o u, rows of g and u side by side. */
 static void gate(int64_t rows, int64_t hidden, const float *gate_up, float *act) {
-  for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden)
-    for (int64_t j = 0; j < hidden; j += 8) {
+  for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden) {
+    int64_t j = 0;
+    for (; j + LANES <= hidden; j += LANES) {
+      const reg g = *(const reg *)(gate_up + j);
+      *(reg *)(act + j) = g * sigmoids(g) * *(const reg *)(gate_up + hidden + j);
+    }
+    for (; j < hidden; j += 8) {
       const vec g = *(const vec *)(gate_up + j);
       *(vec *)(act + j) = g * sigmoid(g) * *(const vec *)(gate_up + hidden + j);
     }
+  }
 }
 
 /* Turn heads by their positions: x cos + (-second half, first half of x) sin; back: its transpose. */

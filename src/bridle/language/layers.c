@@ -62,15 +62,20 @@ EXPORT void norm_at_back(int64_t n, int64_t width, float eps, const float *x, co
 }
 
 /* From d = the slope of act: act again, and the slopes of g and u. */
+#define GATE_BACK(type, logistic)                                                                                      \
+  {                                                                                                                    \
+    const type g = *(const type *)(gate_up + j), u = *(const type *)(gate_up + hidden + j), own = *(const type *)(d + j); \
+    const type s = logistic(g), open = g * s;                                                                          \
+    *(type *)(act + j) = open * u;                                                                                     \
+    *(type *)(slope + j) = own * u * (s + open * (1.0f - s));                                                          \
+    *(type *)(slope + hidden + j) = own * open;                                                                        \
+  }
 static void gate_back(int64_t rows, int64_t hidden, const float *gate_up, const float *d, float *act, float *slope) {
-  for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden, d += hidden, slope += 2 * hidden)
-    for (int64_t j = 0; j < hidden; j += 8) {
-      const vec g = *(const vec *)(gate_up + j), u = *(const vec *)(gate_up + hidden + j), own = *(const vec *)(d + j);
-      const vec s = sigmoid(g), open = g * s;
-      *(vec *)(act + j) = open * u;
-      *(vec *)(slope + j) = own * u * (s + open * (1.0f - s));
-      *(vec *)(slope + hidden + j) = own * open;
-    }
+  for (int64_t i = 0; i < rows; i++, gate_up += 2 * hidden, act += hidden, d += hidden, slope += 2 * hidden) {
+    int64_t j = 0;
+    for (; j + LANES <= hidden; j += LANES) GATE_BACK(reg, sigmoids)
+    for (; j < hidden; j += 8) GATE_BACK(vec, sigmoid)
+  }
 }
 
 static void sum_rows(int64_t rows, int64_t n, const float *x, int64_t stride, float *restrict sum) {
