@@ -1,5 +1,6 @@
-/* Writing texts with a stack of decoder layers, on a CPU in float32: prompts are read (stack_read), each text is given one token
-   more (stack_step), and tokens are drawn from what softmax(by (h W^T + b)) says (choose).
+/* Writing texts with a stack of decoder layers, on a CPU in float32, products of weights as halves.h has
+   them: prompts are read (stack_read), each text is given one token more (stack_step), and tokens are drawn from what
+   softmax(by (h W^T + b)) says (choose).
 
    Keys and values of a prompt lie in one block, which the texts that begin with it share, and those of what follows in another, the
    text's own: of each layer and key head the keys, [capacity / 8][head][8], so that eight tokens' scores are summed side by side and

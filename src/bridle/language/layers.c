@@ -1,4 +1,5 @@
-/* A decoder layer of the kind most language models have, there and back, on a CPU in float32:
+/* A decoder layer of the kind most language models have, there and back, on a CPU in float32,
+   products of weights as halves.h has them:
 
        n = x rsqrt(mean x^2 + eps) w,   q, k, v = n W^T + b, q and k turned by their positions,
        h = x + (causal attention of q, k, v) W_o^T,
