@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bridle.language import layers, quickening
 from bridle.language.attention import attend_narrowly
-from bridle.language.layers import decoder_layer
+from bridle.language.layers import Shape, decoder_layer
 from bridle.language.models import ModelSettings, load_causal_lm, recompute_layers, save_model
 from bridle.language.quickening import plainly, quicken, speed_notes
 from tests.language.layered import CASES, Case, doubling, draw, formula, inputs, quick
@@ -50,6 +50,20 @@ def test_a_layer_there_and_back_is_the_formula_in_float64(case: Case, threads: i
     assert len(slopes) == len(exact_slopes)
     for slope, expected in zip(slopes, exact_slopes, strict=True):
         assert (slope - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("length", [9, 17, 33])
+@pytest.mark.parametrize("low", [128.0, 384.0])
+def test_scores_far_below_0_have_finite_slopes(length: int, low: float) -> None:
+    """Every score is −low · log 2, and the last queries do not fill a register: what stands for the rest must not reach inf."""
+    shape = Shape(heads=1, key_heads=1, first_eps=1e-6, second_eps=1e-6, scale=1.0)
+    size, one = math.sqrt(low * math.log(2.0) / 8), torch.eye(8)
+    linears = [size * one, -size * one, one, one, *(draw(8, 8, seed=i, size=0.1).float() for i in range(3))]
+    weights = [w.requires_grad_() for w in (torch.ones(8), torch.ones(8), *linears)]
+    given = [*weights[:2], *(part for w in weights[2:] for part in (w, None))]
+    x, turned = torch.ones(1, length, 8, requires_grad=True), (torch.ones(1, length, 8), torch.zeros(1, length, 8))
+    decoder_layer(shape, x, *turned, given).square().sum().backward()
+    assert all(t.grad is not None and torch.isfinite(t.grad).all() for t in (x, *weights))
 
 
 def test_texts_may_stand_at_places_of_their_own(threads: int) -> None:
