@@ -33,6 +33,7 @@ from bridle.language.prompts import DemonstrationMix, MixSettings
 from bridle.language.quickening import speed_notes
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
+from bridle.language.rooms import training
 from bridle.language.sampler import SamplingSettings
 from bridle.language.sampler.serving import SamplerKind
 from bridle.language.scorers import (
@@ -356,7 +357,7 @@ def _update(
     """Take all optimiser steps on one rollout; during the warm-up the critic's alone."""
     critic_only = step <= config.critic.warmup_steps
     policy = world.roles.policy
-    with policy.frozen_actor() if critic_only else nullcontext():
+    with training(), policy.frozen_actor() if critic_only else nullcontext():
         return list(
             ppo.update(
                 policy,

@@ -42,6 +42,7 @@ from bridle.language.reward_model import (
     steps_per_epoch,
     train_step,
 )
+from bridle.language.rooms import training
 from bridle.language.shadow import masters_of
 from bridle.learn.masters import Masters
 from bridle.learn.memory import MicroBudget, within_memory
@@ -220,7 +221,7 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
         for note in world.notes:
             session.say(note)
         budget = session.micro_budget(config.loss.micro_tokens)
-        with session.progress(total, "reward", start=session.start) as progress:
+        with session.progress(total, "reward", start=session.start) as progress, training():
             for step in session.steps(total):
                 phase = world.phase_of(step)
                 if step == phase.first and phase is not world.phases[0]:

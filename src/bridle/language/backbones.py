@@ -20,6 +20,7 @@ from bridle.language import decoding, layers
 from bridle.language.decoding import Stack, StackWeights
 from bridle.language.layers import decoder_stack, norm_at
 from bridle.language.quickening import FAILURES, TOLERANCE, forward_of, is_quick, quick_parts
+from bridle.language.rooms import gradient_of, is_training
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _compiled(
     texts, length = input_ids.shape
     if not (_within(rows, texts) and _within(columns, length)):
         return None
-    x, weight = known.embed(input_ids), known.norm.weight
+    x, weight = _embedded(known.embed, input_ids), known.norm.weight
     turned = known.turn(x, torch.arange(length, device=x.device)[None])
     parts = [quick_parts(layer, x, turned) for layer in known.layers]
     held = [part for part in parts if part is not None]
@@ -159,6 +160,36 @@ def _compiled(
     cosine, sine = turned
     y = decoder_stack([part.shape for part in held], x, cosine, sine, [part.weights for part in held], asked)
     return norm_at(y, rows * length + columns, weight, known.eps)
+
+
+def _embedded(embed: Any, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    """Embed tokens; in training, where PyTorch would make a gradient of the whole vocabulary, that of these tokens is added."""
+    plain = type(embed) is nn.Embedding and embed.max_norm is None and not (embed.sparse or embed.scale_grad_by_freq)
+    if not (plain and is_training() and torch.is_grad_enabled()) or gradient_of(embed.weight) is None:
+        return cast("Tensor", embed(input_ids))
+    return cast("Tensor", _Embedded.apply(embed.weight, input_ids, embed.padding_idx))  # type: ignore[no-untyped-call]
+
+
+class _Embedded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, input_ids: Tensor, padding: int | None) -> Tensor:
+        ctx.padding = padding
+        ctx.save_for_backward(weight, input_ids)
+        return nn.functional.embedding(input_ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        weight, input_ids = ctx.saved_tensors
+        ids, slopes = input_ids.flatten(), slope.flatten(0, 1)
+        if ctx.padding is not None:
+            learnt = ids != ctx.padding
+            ids, slopes = ids[learnt], slopes[learnt]
+        gradient = gradient_of(weight)
+        if gradient is None:  # it was there on the way forth
+            return torch.zeros_like(weight).index_add_(0, ids, slopes), None, None
+        gradient.index_add_(0, ids, slopes)
+        return None, None, None
 
 
 def _within(places: Int[Tensor, " n"], count: int) -> bool:

@@ -22,6 +22,7 @@ from bridle.core.head import HeadAnswers, VocabularyHead, Weighing
 from bridle.core.logprobs import entropy_from_logits, logprobs_from_logits
 from bridle.errors import ModelError
 from bridle.language.backbones import hidden_at
+from bridle.language.rooms import gradient_of
 from bridle.language.vocabulary import head_answers, token_logprobs
 from bridle.random import generator
 
@@ -173,7 +174,7 @@ class CausalModel(nn.Module):
         head = self.head()
         moved = [t for t in (head.weight, head.bias) if weighing is not None and t is not None and t.requires_grad]
         for tensor in moved:
-            if tensor.grad is None:
+            if gradient_of(tensor) is None and tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
         return head_answers(
             features,

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bridle.language.rooms import gradient_of, room
 from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
 from bridle.native.sharing import for_each, shares
 
@@ -202,7 +203,7 @@ class _Compiled(torch.autograd.Function):
 class _NormAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, weight: Tensor, eps: float) -> Tensor:
-        found = x.new_empty(len(places), x.shape[2])
+        found = room(len(places), x.shape[2])
         library.norm_at(len(places), x.shape[2], eps, _at(x), places.data_ptr(), _at(weight), _at(found))
         ctx.eps = eps
         ctx.save_for_backward(x, places, weight)
@@ -212,10 +213,11 @@ class _NormAt(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, places, weight = ctx.saved_tensors
-        slope, x_slope, gradient = slope.contiguous(), torch.zeros_like(x), torch.zeros_like(weight)
+        slope, x_slope, direct = slope.contiguous(), room(*x.shape).zero_(), gradient_of(weight)
+        gradient = torch.zeros_like(weight) if direct is None else direct
         given = (len(places), x.shape[2], ctx.eps, _at(x), places.data_ptr(), _at(weight))
         library.norm_at_back(*given, _at(slope), _at(x_slope), _at(gradient))
-        return x_slope, None, gradient, None
+        return x_slope, None, gradient if direct is None else None, None
 
 
 class _Pass:
@@ -249,13 +251,13 @@ class _Pass:
         rows = (layers, texts) if self._keep else (1, len(self._parts))
         between = layers - 1 if self._keep else min(layers - 1, 2)
         return [
-            *(self._x.new_empty(*rows, length * size) for size in sizes),
-            self._x.new_empty(between, *self._x.shape),
+            *(room(*rows, length * size) for size in sizes),
+            room(between, *self._x.shape),
         ]
 
     def forward(self) -> Tensor:
         """Run there; return y."""
-        y = torch.empty_like(self._x)
+        y = room(*self._x.shape)
         between = self._between(y)
 
         def there(number: int) -> None:
@@ -270,14 +272,15 @@ class _Pass:
         return y
 
     def backward(self, slope: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """Run back; return the slopes of x and of the weights that are wanted."""
+        """Run back; return the slopes of x and of the weights that are wanted, but for those added to their gradients here."""
         weights = [weight for own in self._weights for weight in own]
-        sizes = [w.numel() if ask and w is not None else 0 for ask, w in zip(wanted, weights, strict=True)]
-        sums = slope.new_zeros(max(1, len(self._parts)), sum(sizes))
-        between, slopes = self._between(None), (torch.empty_like(slope), torch.empty_like(slope))
+        direct = [gradient_of(w) if ask and w is not None else None for ask, w in zip(wanted, weights, strict=True)]
+        asked = [w if ask else None for ask, w in zip(wanted, weights, strict=True)]
+        sums = [_Sums(asked, direct if first else None) for first in (True, *[False] * (len(self._parts) - 1))]
+        between, slopes = self._between(None), (room(*slope.shape), room(*slope.shape))
 
         def back(number: int) -> None:
-            gradients, last, start = _views(sums[number], sizes, weights), slope, self._parts[number].start
+            gradients, last, start = sums[number].views, slope, self._parts[number].start
             layers = range(len(self._shapes))
             owns = [
                 self._own(at, number, between[at], None, gradients[at * _WEIGHTS : (at + 1) * _WEIGHTS])
@@ -290,9 +293,10 @@ class _Pass:
                 last = to
 
         for_each(len(self._parts), back)
-        for other in sums[1:]:
-            sums[0].add_(other)
-        return slopes[0], _views(sums[0], sizes, weights)
+        first, *others = sums
+        for other in others:
+            first.add(other)
+        return slopes[0], [None if there is not None else view for there, view in zip(direct, first.views, strict=True)]
 
     def _between(self, y: Tensor | None) -> list[Tensor | None]:
         """What each layer reads, then y."""
@@ -301,7 +305,7 @@ class _Pass:
 
     def _working(self, owns: Sequence[Layer]) -> Tensor:
         """Room for a part's layers to work in, one after another."""
-        return self._x.new_empty(max(map(self.library.layer_work, owns)))
+        return room(max(map(self.library.layer_work, owns)))
 
     def _own(
         self,
@@ -339,13 +343,24 @@ def _linears(
     return _Linears(*[_at(two[at]) for place in places for two in (weights, gradients) for at in (place, place + 1)])
 
 
-def _views(flat: Tensor, sizes: Sequence[int], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Cut a flat buffer into the gradients of the weights that have a size."""
-    pieces = flat.split(list(sizes))  # type: ignore[no-untyped-call]
-    return [
-        piece.view_as(w) if size and w is not None else None
-        for piece, size, w in zip(pieces, sizes, weights, strict=True)
-    ]
+class _Sums:
+    """Gradients of some weights, from 0 or where they are added to."""
+
+    def __init__(self, weights: Sequence[Tensor | None], direct: Sequence[Tensor | None] | None) -> None:
+        """Take the weights that are asked for, and for each of them where its gradient lies, if it does; no two share one."""
+        there = [None] * len(weights) if direct is None else direct
+        fresh = [0 if w is None or to is not None else w.numel() for w, to in zip(weights, there, strict=True)]
+        pieces = room(sum(fresh)).zero_().split(fresh)  # type: ignore[no-untyped-call]
+        self.views: list[Tensor | None] = [
+            to if to is not None else None if w is None else piece.view_as(w)
+            for w, to, piece in zip(weights, there, pieces, strict=True)
+        ]
+
+    def add(self, other: _Sums) -> None:
+        """Add another part's."""
+        for mine, its in zip(self.views, other.views, strict=True):
+            if mine is not None and its is not None:
+                mine.add_(its)
 
 
 def _at(tensor: Tensor | None, row: int = 0) -> int | None:

@@ -21,6 +21,7 @@ from bridle.core import head as plain
 from bridle.core import logprobs as plainer
 from bridle.core._vocabulary import Shaping
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead, Weighing
+from bridle.language.rooms import room
 from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
 from bridle.native.sharing import for_each, shares
 
@@ -30,7 +31,7 @@ _KEPT_NUMBERS = 16 * 1024 * 1024
 """Logits that are kept at a time: 64 MiB."""
 _ROWS = 256
 """Positions at a time at most: their hidden states stay in a near cache."""
-_COLUMNS = 8
+_COLUMNS = 10
 """Sums of a position: COLUMNS in vocabulary.c."""
 
 
@@ -111,7 +112,7 @@ def head_answers(
             bias_grad=bias_grad,
         )
     run = _Run([_Given.of(*side, temperature) for side in sides], targets.contiguous(), len(head.weight), weight_grad)
-    slope = None if weighing is None else torch.empty(hidden.shape, dtype=torch.float32, device="cpu")
+    slope = None if weighing is None else room(*hidden.shape)
     inner = head.scale / temperature
     bias_sum = None if bias_grad is None else torch.zeros_like(bias_grad)
     for rows in run.chunks(keep=weighing is not None):
@@ -190,9 +191,9 @@ class _Run:
         rows = max(map(len, parts), default=0)
         if keep:
             numbers = rows * self._blocks * self._block
-            self._kept = [side.hidden.new_empty(numbers) for side in self._sides] + [None] * (2 - len(self._sides))
+            self._kept = [room(numbers) for _ in self._sides] + [None] * (2 - len(self._sides))
         sizes = _Head(rows, self._vocabulary, *self._both(slice(0, rows)))
-        self._work = [self._found.new_empty(self._library.head_work(sizes)) for _ in self._parts]
+        self._work = [room(self._library.head_work(sizes)) for _ in self._parts]
         self._sums = torch.empty(len(self._parts), rows, _COLUMNS, dtype=torch.float64, device="cpu")
         width = self._sides[0].hidden.shape[1]
         self._slopes = [self._found.new_empty(rows, width) for _ in self._parts[1:]] if keep else []
