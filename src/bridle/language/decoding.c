@@ -300,8 +300,7 @@ static int64_t states_of(const choice *c) { return most(1, PIECE / (blocks_of(c)
 
 EXPORT int64_t choice_numbers(const choice *c) { return c->width * padded(c->vocabulary); }
 EXPORT void choice_pack(const choice *c) {
-  pack_turned(c->width, c->vocabulary, c->weight, c->width, c->packed);
-  halve(c->width, c->vocabulary, c->packed);
+  linear_pack_turned(c->width, c->vocabulary, c->weight, c->width, c->packed);
 }
 
 /* Numbers that `work` must hold for so many states. */

@@ -1,11 +1,15 @@
 /* Products of weights and of what goes through them: of float32 as they are, or, where HALVES is defined, of both rounded to
-   bfloat16 and summed in float32, two multiplications to a lane. What is packed is then rounded where it lies: each panel keeps
-   its place and fills half of it, [depth / 2] rows of pairs, with a 0 where the depth is odd. products.h comes before. */
+   bfloat16 and summed in float32, two multiplications to a lane. What is packed is then rounded: each panel keeps its place and
+   fills half of it, [depth / 2] rows of pairs, with a 0 where the depth is odd. products.h comes before. */
 
 #ifndef HALVES
 
 INLINE void halve(int64_t depth, int64_t n, float *packed) { (void)depth, (void)n, (void)packed; }
 INLINE void halve_high(int64_t depth, int64_t m, float *packed) { (void)depth, (void)m, (void)packed; }
+
+/* Pack B(k, j) = b[k db + j], and B(k, j) = b[j db + k], for linear_product. */
+INLINE void linear_pack(int64_t depth, int64_t n, const float *b, int64_t db, float *to) { pack(depth, n, b, db, to); }
+INLINE void linear_pack_turned(int64_t depth, int64_t n, const float *b, int64_t db, float *to) { pack_turned(depth, n, b, db, to); }
 
 /* C[m, n] (+)= A B of rows of A and all of what is packed. */
 static void linear_product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t da, const float *b, float *c, int64_t dc,
@@ -72,11 +76,42 @@ static void halve_rows(int64_t rows, int64_t depth, const float *a, int64_t da, 
     }
 }
 
+/* Pack B(k, j) = b[k db + j] in pairs; what no whole panel of 16 is filled by as everywhere. */
+static void linear_pack(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+  const int64_t whole = n / 16 * 16;
+  for (int64_t j = 0; j < whole; j += 16, to += 16 * depth)
+    for (int64_t k = 0; k < depth; k += 2)
+      _mm512_storeu_si512(to + 8 * k, pairs_of(b + k * db + j, b + (k + 1) * db + j, k + 1 == depth));
+  if (whole < n) pack(depth, n - whole, b + whole, db, to), halve(depth, n - whole, to);
+}
+
+/* The same of B(k, j) = b[j db + k]: pairs lie side by side there, and are turned over eight by eight. */
+static void linear_pack_turned(int64_t depth, int64_t n, const float *b, int64_t db, float *to) {
+  const int64_t whole = n / 16 * 16;
+  pair rounded[16 * PAIRS];
+  for (int64_t j = 0; j < whole; j += 16, to += 16 * depth)
+    for (int64_t k = 0; k < depth; k += 2 * PAIRS) {
+      const int64_t pairs = (least(2 * PAIRS, depth - k) + 1) / 2;
+      halve_rows(16, least(2 * PAIRS, depth - k), b + j * db + k, db, rounded);
+      pair *rows = (pair *)to + 8 * k;
+      for (int64_t i = 0; i < 16; i += 8)
+        for (int64_t p = 0; p < pairs; p += 8)
+          if (p + 8 <= pairs) turn_eight((const float *)(rounded + i * PAIRS + p), PAIRS, (float *)(rows + 16 * p + i), 16);
+          else
+            for (int64_t q = p; q < pairs; q++)
+              for (int64_t l = i; l < i + 8; l++) rows[16 * q + l] = rounded[l * PAIRS + q];
+    }
+  if (whole < n) pack_turned(depth, n - whole, b + whole * db, db, to), halve(depth, n - whole, to);
+}
+
 /* C[high, 16 panels] (+)= A B, A(i, k) = a[i da + k dk]. */
 INLINE void halves_block(const int high, const int panels, int64_t pairs, const pair *a, int64_t da, int64_t dk, const pair *b,
                          int64_t apart, float *c, int64_t dc, int64_t columns, int add) {
   __m512 sum[HIGH][2];
   UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+  if (add) /* what is added to comes from far away, and is there when the sums are */
+    for (int i = 0; i < high; i++)
+      for (int j = 0; j < panels; j++) __builtin_prefetch(c + i * dc + 16 * j, 1);
   for (int64_t k = 0; k < pairs; k++, b += 16) {
     const __m512bh left = (__m512bh)_mm512_loadu_si512(b);
     const __m512bh right = (__m512bh)_mm512_loadu_si512(panels == 2 ? b + apart : b);

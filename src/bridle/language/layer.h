@@ -122,21 +122,15 @@ static panels lay_out(const layer *l, float **room) {
   return p;
 }
 
-/* Pack a weight for x W^T. */
-INLINE void pack_linear(const linear *w, int64_t in, int64_t out, float *to) {
-  pack_turned(in, out, w->weight, in, to);
-  halve(in, out, to);
-}
-
 static void pack_weights(const layer *l, const panels *p) {
   const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head;
-  pack_linear(&l->query, width, queries, p->query);
-  pack_linear(&l->key, width, keys, p->key);
-  pack_linear(&l->value, width, keys, p->value);
-  pack_linear(&l->out, queries, width, p->out);
-  pack_linear(&l->gate, width, l->hidden, p->gate);
-  pack_linear(&l->up, width, l->hidden, p->up);
-  pack_linear(&l->down, l->hidden, width, p->down);
+  linear_pack_turned(width, queries, l->query.weight, width, p->query);
+  linear_pack_turned(width, keys, l->key.weight, width, p->key);
+  linear_pack_turned(width, keys, l->value.weight, width, p->value);
+  linear_pack_turned(queries, width, l->out.weight, queries, p->out);
+  linear_pack_turned(width, l->hidden, l->gate.weight, width, p->gate);
+  linear_pack_turned(width, l->hidden, l->up.weight, width, p->up);
+  linear_pack_turned(l->hidden, width, l->down.weight, l->hidden, p->down);
 }
 
 /* A tile's queries, keys and values, not turned yet. */

@@ -162,12 +162,6 @@ typedef struct {
   float *query, *key, *value, *out, *gate, *up, *down, *n, *act, *d, *both, *slopes, *inputs;
 } panels_back;
 
-/* Pack a weight for slopes of x W^T, times W. */
-INLINE void pack_back_linear(const linear *w, int64_t out, int64_t in, float *to) {
-  pack(out, in, w->weight, in, to);
-  halve(out, in, to);
-}
-
 static panels_back pack_back(const layer *l, float **room) {
   const int64_t width = l->width, queries = l->heads * l->head, keys = l->key_heads * l->head, hidden = even(l->hidden);
   const int64_t slopes = 2 * (width + hidden), turned = queries + 2 * keys, deep = deepest(l);
@@ -180,13 +174,13 @@ static panels_back pack_back(const layer *l, float **room) {
   p.d = take(room, TILE * (hidden > width ? hidden : width)), p.both = take(room, TILE * 2 * hidden);
   p.slopes = take(room, deep * ((slopes > turned ? slopes : turned) + 4 * HIGH));
   p.inputs = take(room, deep * (padded(hidden) + padded(width) + padded(queries)));
-  pack_back_linear(&l->query, queries, width, p.query);
-  pack_back_linear(&l->key, keys, width, p.key);
-  pack_back_linear(&l->value, keys, width, p.value);
-  pack_back_linear(&l->out, width, queries, p.out);
-  pack_back_linear(&l->gate, l->hidden, width, p.gate);
-  pack_back_linear(&l->up, l->hidden, width, p.up);
-  pack_back_linear(&l->down, width, l->hidden, p.down);
+  linear_pack(queries, width, l->query.weight, width, p.query);
+  linear_pack(keys, width, l->key.weight, width, p.key);
+  linear_pack(keys, width, l->value.weight, width, p.value);
+  linear_pack(width, queries, l->out.weight, queries, p.out);
+  linear_pack(l->hidden, width, l->gate.weight, width, p.gate);
+  linear_pack(l->hidden, width, l->up.weight, width, p.up);
+  linear_pack(width, l->hidden, l->down.weight, l->hidden, p.down);
   return p;
 }
 

@@ -20,6 +20,9 @@ INLINE void block(const int high, const int panels, int64_t depth, const float *
   const int parts = panels * PARTS;
   reg sum[HIGH][2];
   UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (reg){0};
+  if (add) /* what is added to comes from far away, and is there when the sums are */
+    for (int i = 0; i < high; i++)
+      for (int j = 0; j < panels; j++) __builtin_prefetch(c + i * dc + 16 * j, 1);
   for (int64_t k = 0; k < depth; k++, b += 16) {
     const reg left = *(const reg *)b, right = *(const reg *)(PARTS == 2 ? b + LANES : panels == 2 ? b + apart : b);
     UNROLL for (int i = 0; i < high; i++) {

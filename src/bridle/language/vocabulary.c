@@ -21,11 +21,11 @@
 
 #define SOME 192        /* tokens of the vocabulary at a time */
 #define LOWEST -1e37f   /* the logits of tokens that are not there */
-#define COLUMNS 8       /* sums of a position, as `sums` has them */
+#define COLUMNS 10      /* sums of a position, as `sums` has them */
 
 /* Largest z; sums of e^(z - largest), of that times z - largest, and times z - y; z of the target; largest y, the sum of
-   e^(y - largest), and y of the target. */
-enum { MOST, TOTAL, WITH_Z, WITH_GAP, AT_TARGET, OTHER_MOST, OTHER_TOTAL, OTHER_AT };
+   e^(y - largest), and y of the target; once they are joined, the logarithms of the two sums. */
+enum { MOST, TOTAL, WITH_Z, WITH_GAP, AT_TARGET, OTHER_MOST, OTHER_TOTAL, OTHER_AT, LOG_TOTAL, OTHER_LOG };
 
 typedef struct {
   int64_t width;
@@ -60,46 +60,84 @@ EXPORT int64_t head_work(const head *h) {
 
 /* The logits of `count` tokens from `first` on, [rows, SOME]. */
 static void logits_of(const side *s, int64_t rows, int64_t first, int64_t count, float *packed, float *z) {
-  pack_turned(s->width, count, s->weight + first * s->width, s->width, packed);
-  halve(s->width, count, packed);
+  linear_pack_turned(s->width, count, s->weight + first * s->width, s->width, packed);
   linear_product(rows, count, s->width, s->hidden, s->width, packed, z, SOME, 0);
   for (int64_t i = 0; s->bias && i < rows; i++)
     for (int64_t j = 0; j < count; j++) z[i * SOME + j] += s->bias[first + j];
   for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = count; j < (count + 7) / 8 * 8; j++) z[i * SOME + j] = LOWEST;
+    for (int64_t j = count; j < padded(count); j++) z[i * SOME + j] = LOWEST;
+}
+
+/* Numbers are gone through sixteen at a time, in PARTS registers, and summed in eight sums wherever: so all processors agree. */
+
+/* Weights that are read next, of which each row's share is brought near while rows are gone through. */
+typedef struct {
+  const float *from;
+  int64_t numbers;
+} ahead;
+
+INLINE ahead ahead_of(const head *h, int64_t block, int64_t to) {
+  const int64_t first = (block + 1) * SOME, width = h->own.width;
+  return block + 1 < to ? (ahead){h->own.weight + first * width, least(SOME, h->vocabulary - first) * width} : (ahead){0};
+}
+
+INLINE void bring(const ahead *next, int64_t row, int64_t rows) {
+  const int64_t from = next->numbers * row / rows / 16 * 16, to = next->numbers * (row + 1) / rows;
+  for (int64_t i = from; i < to; i += 16) __builtin_prefetch(next->from + i, 0, 2);
 }
 
 INLINE float most_of(int64_t count, const float *z, float most) {
-  vec high = {0};
-  high += most;
-  for (int64_t j = 0; j < count; j += 8) {
-    const vec one = *(const vec *)(z + j);
-    high = pick(one > high, one, high);
-  }
-  for (int i = 0; i < 8; i++) most = high[i] > most ? high[i] : most;
+  reg high[PARTS];
+  for (int part = 0; part < PARTS; part++) high[part] = (reg){0} + most;
+  for (int64_t j = 0; j < count; j += 16)
+    for (int part = 0; part < PARTS; part++) {
+      const reg one = *(const reg *)(z + j + LANES * part);
+      const flags above = one > high[part];
+      high[part] = (reg)((above & (flags)one) | (~above & (flags)high[part]));
+    }
+  for (int part = 0; part < PARTS; part++)
+    for (int i = 0; i < LANES; i++) most = high[part][i] > most ? high[part][i] : most;
   return most;
 }
 
-/* Take the logits of some tokens up into the sums of all positions. */
-static void take_up(int64_t rows, int64_t count, const float *z, const float *y, double *sums) {
-  for (int64_t i = 0; i < rows; i++, z += SOME, y += y ? SOME : 0, sums += COLUMNS) {
-    const float most = most_of(count, z, (float)sums[MOST]);
-    vec total = {0}, with_z = {0}, with_gap = {0};
-    for (int64_t j = 0; j < count; j += 8) {
-      const vec one = *(const vec *)(z + j), e = exp_of(one - most);
-      total += e, with_z += e * (one - most);
-      if (y) with_gap += e * (one - *(const vec *)(y + j));
+INLINE float sum_of_sixteen(const reg *x) {
+  const float *all = (const float *)x;
+  return sum_of(*(const vec *)all + *(const vec *)(all + 8));
+}
+
+/* Sums of e^(x - most), of that times x - most, and times x - y if there are such; x and y are `count` numbers. */
+INLINE void sums_of(int64_t count, const float *x, float most, const float *y, float *total, float *with_x, float *with_gap) {
+  reg sum[PARTS], with[PARTS], gap[PARTS];
+  for (int part = 0; part < PARTS; part++) sum[part] = with[part] = gap[part] = (reg){0};
+  for (int64_t j = 0; j < count; j += 16)
+    for (int part = 0; part < PARTS; part++) {
+      const reg one = *(const reg *)(x + j + LANES * part), e = exps_of(one - most);
+      sum[part] += e;
+      if (with_x) with[part] += e * (one - most);
+      if (y) gap[part] += e * (one - *(const reg *)(y + j + LANES * part));
     }
-    const double fall = sums[MOST] - most, by = exp(fall);
-    sums[WITH_Z] = by * (sums[WITH_Z] + fall * sums[TOTAL]) + sum_of(with_z);
-    sums[TOTAL] = by * sums[TOTAL] + sum_of(total);
-    sums[WITH_GAP] = by * sums[WITH_GAP] + sum_of(with_gap);
+  *total = sum_of_sixteen(sum);
+  if (with_x) *with_x = sum_of_sixteen(with);
+  if (y) *with_gap = sum_of_sixteen(gap);
+}
+
+/* Take the logits of some tokens up into the sums of all positions. */
+static void take_up(int64_t rows, int64_t count, const float *z, const float *y, double *sums, ahead next) {
+  for (int64_t i = 0; i < rows; i++, z += SOME, y += y ? SOME : 0, sums += COLUMNS) {
+    bring(&next, i, rows);
+    const float most = most_of(count, z, (float)sums[MOST]);
+    float total, with_z, with_gap = 0.0f;
+    sums_of(count, z, most, y, &total, &with_z, &with_gap);
+    const double fall = sums[MOST] - most, by = fall == 0.0 ? 1.0 : exp(fall);
+    sums[WITH_Z] = by * (sums[WITH_Z] + fall * sums[TOTAL]) + with_z;
+    sums[TOTAL] = by * sums[TOTAL] + total;
+    sums[WITH_GAP] = by * sums[WITH_GAP] + with_gap;
     sums[MOST] = most;
     if (y) {
       const float theirs = most_of(count, y, (float)sums[OTHER_MOST]);
-      vec other = {0};
-      for (int64_t j = 0; j < count; j += 8) other += exp_of(*(const vec *)(y + j) - theirs);
-      sums[OTHER_TOTAL] = exp(sums[OTHER_MOST] - theirs) * sums[OTHER_TOTAL] + sum_of(other);
+      float other;
+      sums_of(count, y, theirs, NULL, &other, NULL, NULL);
+      sums[OTHER_TOTAL] = exp(sums[OTHER_MOST] - theirs) * sums[OTHER_TOTAL] + other;
       sums[OTHER_MOST] = theirs;
     }
   }
@@ -119,7 +157,7 @@ EXPORT void head_forward(const head *h, int64_t part, int64_t from, int64_t to, 
     if (h->other.logits) y = h->other.logits + at;
     logits_of(&h->own, h->rows, first, count, packed, z);
     if (h->other.weight) logits_of(&h->other, h->rows, first, count, packed, y);
-    take_up(h->rows, count, z, h->other.weight ? y : NULL, sums);
+    take_up(h->rows, count, z, h->other.weight ? y : NULL, sums, ahead_of(h, block, to));
     for (int64_t i = 0; i < h->rows; i++) {
       const int64_t target = h->targets[i] - first;
       if (target < 0 || target >= count) continue;
@@ -143,31 +181,33 @@ EXPORT void head_join(const head *h, int64_t parts) {
       s[OTHER_TOTAL] = exp(s[OTHER_MOST] - other) * s[OTHER_TOTAL] + exp(t[OTHER_MOST] - other) * t[OTHER_TOTAL];
       s[AT_TARGET] += t[AT_TARGET], s[OTHER_AT] += t[OTHER_AT], s[MOST] = most, s[OTHER_MOST] = other;
     }
-    const double log_total = log(s[TOTAL]);
+    const double log_total = s[LOG_TOTAL] = log(s[TOTAL]);
+    if (h->other.weight) s[OTHER_LOG] = log(s[OTHER_TOTAL]);
     h->logp[i] = (float)(s[AT_TARGET] - s[MOST] - log_total);
     h->entropy[i] = (float)(log_total - s[WITH_Z] / s[TOTAL]);
-    if (h->ref_logp) h->ref_logp[i] = (float)(s[OTHER_AT] - s[OTHER_MOST] - log(s[OTHER_TOTAL]));
-    if (h->kl) h->kl[i] = (float)(s[WITH_GAP] / s[TOTAL] - s[MOST] - log_total + s[OTHER_MOST] + log(s[OTHER_TOTAL]));
+    if (h->ref_logp) h->ref_logp[i] = (float)(s[OTHER_AT] - s[OTHER_MOST] - s[OTHER_LOG]);
+    if (h->kl) h->kl[i] = (float)(s[WITH_GAP] / s[TOTAL] - s[MOST] - log_total + s[OTHER_MOST] + s[OTHER_LOG]);
   }
 }
 
 /* d loss / dz of some tokens, from `first` on, at all positions. */
-static void slopes_of(const head *h, int64_t first, int64_t count, const float *z, const float *y, float *d) {
+static void slopes_of(const head *h, int64_t first, int64_t count, const float *z, const float *y, float *d, ahead next) {
   for (int64_t i = 0; i < h->rows; i++, z += SOME, y += h->c ? SOME : 0, d += SOME) {
-    const double *s = h->sums + i * COLUMNS, log_total = log(s[TOTAL]);
+    bring(&next, i, h->rows);
+    const double *s = h->sums + i * COLUMNS, log_total = s[LOG_TOTAL];
     const float most = (float)s[MOST], by = (float)(1.0 / s[TOTAL]), a = h->a ? h->a[i] : 0.0f, b = h->b ? h->b[i] : 0.0f;
     double always = -a + b * (log_total - h->entropy[i]);
     if (h->c) {
       const float c = h->c[i], theirs = (float)s[OTHER_MOST];
-      always += c * (log(s[OTHER_TOTAL]) - log_total - h->kl[i]);
-      for (int64_t j = 0; j < count; j += 8) {
-        const vec one = *(const vec *)(z + j) - most, other = *(const vec *)(y + j) - theirs;
-        *(vec *)(d + j) = exp_of(one) * by * ((float)always - b * one + c * (one - other));
+      always += c * (s[OTHER_LOG] - log_total - h->kl[i]);
+      for (int64_t j = 0; j < count; j += LANES) {
+        const reg one = *(const reg *)(z + j) - most, other = *(const reg *)(y + j) - theirs;
+        *(reg *)(d + j) = exps_of(one) * by * ((float)always - b * one + c * (one - other));
       }
     } else
-      for (int64_t j = 0; j < count; j += 8) {
-        const vec one = *(const vec *)(z + j) - most;
-        *(vec *)(d + j) = exp_of(one) * by * ((float)always - b * one);
+      for (int64_t j = 0; j < count; j += LANES) {
+        const reg one = *(const reg *)(z + j) - most;
+        *(reg *)(d + j) = exps_of(one) * by * ((float)always - b * one);
       }
     const int64_t target = h->targets[i] - first;
     if (target >= 0 && target < count) d[target] += a;
@@ -179,11 +219,11 @@ static void slopes_of(const head *h, int64_t first, int64_t count, const float *
 EXPORT void head_backward(const head *h, int64_t from, int64_t to, float *hidden_gradient, float *work) {
   const int64_t rows = h->rows, width = h->own.width;
   float *packed = work, *d = packed + SOME * padded(widest(h)), *turned = d + rows * SOME, *inputs = turned + (rows + HIGH) * SOME;
-  if (h->weight_gradient) pack(rows, width, h->own.hidden, width, inputs), halve(rows, width, inputs);
+  if (h->weight_gradient) linear_pack(rows, width, h->own.hidden, width, inputs);
   for (int64_t block = from; block < to; block++) {
     const int64_t first = block * SOME, count = least(SOME, h->vocabulary - first), at = block * rows * SOME;
-    slopes_of(h, first, count, h->own.logits + at, h->c ? h->other.logits + at : NULL, d);
-    pack(count, width, h->own.weight + first * width, width, packed), halve(count, width, packed);
+    slopes_of(h, first, count, h->own.logits + at, h->c ? h->other.logits + at : NULL, d, ahead_of(h, block, to));
+    linear_pack(count, width, h->own.weight + first * width, width, packed);
     linear_product(rows, width, count, d, SOME, packed, hidden_gradient, width, block > from);
     if (h->weight_gradient) {
       pack_high(0, rows, rows, count, d, SOME, turned), halve_high(rows, count, turned);
