@@ -16,7 +16,7 @@
 
 #include "halves.h"
 
-#include "functions.h"
+#include "../native/functions.h"
 
 #include "attention.h"
 

@@ -21,7 +21,7 @@
 
 #include "halves.h"
 
-#include "functions.h"
+#include "../native/functions.h"
 
 #include "attention.h"
 

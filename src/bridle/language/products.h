@@ -8,7 +8,6 @@
 #define PANELS (2 / PARTS) /* that are gone through at a time */
 #define TALL 12                 /* rows of a product summed in registers, over 8 columns */
 
-typedef uint32_t bits __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE vec pick(ints where, vec yes, vec no) { return (vec)((where & (ints)yes) | (~where & (ints)no)); }

@@ -17,7 +17,7 @@
 
 #include "halves.h"
 
-#include "functions.h"
+#include "../native/functions.h"
 
 #define SOME 192        /* tokens of the vocabulary at a time */
 #define LOWEST -1e37f   /* the logits of tokens that are not there */

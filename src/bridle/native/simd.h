@@ -7,6 +7,7 @@
 
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* What a register holds, and rows of a product that are summed in registers: two registers of each. */
 #ifdef __AVX512F__

@@ -1,4 +1,4 @@
-/* Functions of eight numbers of float32 at a time, and of a register of them; products.h comes before. */
+/* Functions of eight numbers of float32 at a time, and of a register of them; simd.h comes before. */
 
 /* e^x of what is not above 0, within 2e-7 of it: 2^n e^r with |r| <= log(2) / 2 and e^r = 1 + r + r^2 P(r), P fitted there; 0
    below -87. Not-a-number comes through. And 1 / (1 + e^-x), from the exponential that does not overflow. */
