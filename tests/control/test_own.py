@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from bridle.control import ActorCritic, CategoricalHead, ControlPolicy, GaussianHead
+from bridle.control import ActorCritic, CategoricalHead, ControlPolicy, GaussianHead, compiled
 from bridle.control.own import OwnPerceptrons, quickened
 from bridle.control.policy import Transitions
 from bridle.control.reading import read
@@ -51,8 +51,13 @@ def by_functions(own: Tower, x: Tensor) -> Tensor:
     )
 
 
-def sequence(*between: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(WIDTH, 16), *between, nn.Linear(16, 1))
+def by_other_functions(own: Tower, x: Tensor) -> Tensor:
+    hidden = functional.layer_norm(own.first(x), (16,))
+    return functional.linear(functional.gelu(hidden, approximate="tanh"), own.last.weight)
+
+
+def sequence(*between: nn.Module, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, 16, bias=bias), *between, nn.Linear(16, 1))
 
 
 READ = {
@@ -63,6 +68,15 @@ READ = {
     "in place": lambda: sequence(nn.ReLU(inplace=True)),
     "in parts": lambda: sequence(nn.Sequential(nn.ReLU(), nn.Identity())),
     "deeper": lambda: sequence(nn.Tanh(), nn.Linear(16, 16), nn.Tanh()),
+    "two activations": lambda: sequence(nn.ELU(0.7), nn.Linear(16, 16), nn.LeakyReLU(0.2, inplace=True)),
+    "a norm": lambda: sequence(nn.LayerNorm(16), nn.Tanh()),
+    "a norm behind, and another": lambda: sequence(
+        nn.SiLU(inplace=True), nn.LayerNorm(16, bias=False), nn.Linear(16, 16), nn.GELU()
+    ),
+    "a norm without weights twice": lambda: twice_normed(nn.LayerNorm(16, elementwise_affine=False)),
+    "no bias": lambda: sequence(nn.LayerNorm(16), nn.ReLU(), bias=False),
+    "by other functions": lambda: Tower(way=by_other_functions),
+    "a method": lambda: Tower(way=lambda own, x: own.last(own.first(x).sigmoid())),
 }
 
 
@@ -102,6 +116,10 @@ def twice() -> nn.Module:
     return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(WIDTH, 1))
 
 
+def twice_normed(norm: nn.Module) -> nn.Module:
+    return sequence(norm, nn.SiLU(), nn.Linear(16, 16), norm, nn.SiLU())
+
+
 def hooked() -> nn.Module:
     own = sequence(nn.Tanh())
     own[1].register_forward_hook(lambda *_: None)
@@ -114,6 +132,22 @@ def with_parameter(register: Callable[[Tensor], object]) -> nn.Module:
     return own
 
 
+def with_hook(own: nn.Module) -> nn.Module:
+    own.register_forward_pre_hook(lambda *_: None)
+    return own
+
+
+def with_parameter_hook(own: nn.LayerNorm) -> nn.Module:
+    own.weight.register_hook(halve)
+    return own
+
+
+def read_before(own: Tower, x: Tensor) -> Tensor:
+    hidden = torch.tanh(own.first(x))
+    functional.silu(hidden.detach(), inplace=True)
+    return own.last(hidden)
+
+
 def halve(slope: Tensor) -> Tensor:
     return slope / 2
 
@@ -123,15 +157,41 @@ def shrink(weight: Tensor) -> None:
 
 
 OTHER = {
-    "another activation": lambda: sequence(nn.SiLU()),
-    "two activations": lambda: sequence(nn.Tanh(), nn.Linear(16, 16), nn.ReLU()),
+    "another activation": lambda: sequence(nn.Mish()),
+    "an activation asked for in another way": lambda: sequence(nn.Softplus(beta=2.0)),
+    "a strength below 0": lambda: sequence(nn.LeakyReLU(-0.1)),
+    "a strength that is a tensor": lambda: Tower(
+        way=lambda own, x: own.last(functional.leaky_relu(own.first(x), torch.tensor(0.1)))  # type: ignore[arg-type]
+    ),
+    "written elsewhere": lambda: Tower(
+        way=lambda own, x: own.last(torch.sigmoid(own.first(x), out=torch.empty(len(x), 16)))
+    ),
     "an activation twice": lambda: sequence(nn.Tanh(), nn.Tanh()),
     "none": lambda: sequence(nn.Identity()),
     "nothing hidden": lambda: nn.Linear(WIDTH, 1),
     "ends in one": lambda: nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh()),
     "dropout": lambda: sequence(nn.Tanh(), nn.Dropout()),
-    "a norm": lambda: sequence(nn.LayerNorm(16), nn.Tanh()),
-    "no bias": lambda: nn.Sequential(nn.Linear(WIDTH, 16, bias=False), nn.Tanh(), nn.Linear(16, 1)),
+    "a norm of what is seen": lambda: nn.Sequential(nn.LayerNorm(WIDTH), *sequence(nn.Tanh())),
+    "a norm at the end": lambda: nn.Sequential(*sequence(nn.Tanh()), nn.LayerNorm(1)),
+    "a norm over other axes": lambda: Tower(
+        way=lambda own, x: own.last(functional.layer_norm(torch.tanh(own.first(x)), (len(x), 16)))
+    ),
+    "a norm twice": lambda: sequence(nn.LayerNorm(16), nn.LayerNorm(16), nn.Tanh()),
+    "a norm shared": lambda: twice_normed(nn.LayerNorm(16)),
+    "a norm with a hook": lambda: sequence(with_hook(nn.LayerNorm(16)), nn.Tanh()),
+    "a norm with a weight's hook": lambda: sequence(with_parameter_hook(nn.LayerNorm(16)), nn.Tanh()),
+    "a norm's weight made of another": lambda: Tower(
+        way=lambda own, x: own.last(torch.tanh(functional.layer_norm(own.first(x), (16,), 2 * own.last.weight[0])))
+    ),
+    "a norm by groups": lambda: sequence(nn.GroupNorm(1, 16), nn.Tanh()),
+    "a norm by root mean square": lambda: sequence(nn.RMSNorm(16), nn.Tanh()),
+    "a norm alone": lambda: sequence(nn.LayerNorm(16)),
+    "a bias for all": lambda: Tower(
+        way=lambda own, x: own.last(torch.tanh(functional.linear(x, own.first.weight, own.last.bias)))
+    ),
+    "changed in place": lambda: Tower(way=lambda own, x: own.last(torch.tanh(own.first(x)).mul_(2))),
+    "changed in place and read before": lambda: Tower(way=read_before),
+    "dropout behind a norm": lambda: sequence(nn.LayerNorm(16), nn.SiLU(), nn.Dropout(0.1)),
     "float64": lambda: sequence(nn.Tanh()).double(),
     "weights made of others": lambda: nn.Sequential(
         parametrizations.weight_norm(nn.Linear(WIDTH, 16)), nn.Tanh(), nn.Linear(16, 1)
@@ -169,9 +229,7 @@ def policy_of(
     return policy
 
 
-@pytest.mark.parametrize("build", READ.values(), ids=READ)
-def test_a_perceptron_runs_on_the_fast_path_with_the_plain_ones_numbers(build: Callable[[], nn.Module]) -> None:
-    plain = policy_of(build)
+def require_the_plain_ones_numbers(plain: ActorCritic) -> None:
     given = units(WIDTH, "box", 1, 33)
     policy = quickened(copy.deepcopy(plain), WIDTH)
     assert isinstance(policy, OwnPerceptrons)
@@ -185,6 +243,41 @@ def test_a_perceptron_runs_on_the_fast_path_with_the_plain_ones_numbers(build: C
     torch.testing.assert_close(fast.logp, slow.logp, rtol=1e-5, atol=1e-5)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("build", READ.values(), ids=READ)
+def test_a_perceptron_runs_on_the_fast_path_with_the_plain_ones_numbers(build: Callable[[], nn.Module]) -> None:
+    require_the_plain_ones_numbers(policy_of(build))
+
+
+@pytest.mark.parametrize("form", ["compiled", "NumPy"])
+def test_actor_and_critic_need_not_be_alike(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "NumPy":
+        monkeypatch.setattr(compiled, "library", None)
+    wide = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 1))
+    for actor in (wide, sequence(nn.ReLU())):
+        require_the_plain_ones_numbers(policy_of(READ["in sequence"], actor=lambda actor=actor: actor))  # type: ignore[misc]
+
+
+def test_without_compiled_code_what_numpy_does_not_know_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "library", None)
+    for name, build in READ.items():
+        policy = policy_of(build)
+        plain = all(word not in name for word in ("norm", "two", "bias", "other", "method"))
+        assert isinstance(quickened(policy, WIDTH), OwnPerceptrons) is plain, name
+
+
+def test_what_can_no_longer_run_compiled_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a rollout, too: a norm's weights laid out so that compiled code cannot read them."""
+    plain, given = policy_of(READ["a norm"]), units(WIDTH, "box", 1, 33)
+    policy = quickened(copy.deepcopy(plain), WIDTH)
+    assert isinstance(policy, OwnPerceptrons)
+    rolled(policy, given)
+    norm = policy.critic[1]  # type: ignore[index]
+    norm.weight.data = norm.weight.detach().repeat_interleave(2)[::2]
+    assert not policy._nets.able
+    torch.testing.assert_close(policy.values(given.observations, None), plain.values(given.observations, None))
+    torch.testing.assert_close(policy.vjp(given)[0].value, plain.values(given.observations, None))
 
 
 @pytest.mark.parametrize("build", OTHER.values(), ids=OTHER)
@@ -224,21 +317,18 @@ def test_a_module_that_cannot_be_copied_is_left_as_it_is() -> None:
     assert quickened(policy, WIDTH) is policy
 
 
-def test_what_is_not_alike_is_left_as_it_is() -> None:
+def test_a_policy_of_another_kind_is_left_as_it_is() -> None:
     class Head(CategoricalHead):
         """Somebody's own."""
 
     class Policy(ActorCritic):
         """Somebody's own."""
 
-    tower, wide = (
-        (lambda: sequence(nn.Tanh())),
-        (lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1))),
-    )
+    def tower() -> nn.Module:
+        return sequence(nn.Tanh())
+
     actor, critic = tower(), tower()
     left: list[ControlPolicy] = [
-        policy_of(tower, actor=wide),
-        policy_of(tower, actor=lambda: sequence(nn.ReLU())),
         policy_of(tower, head=GaussianHead(2)),
         policy_of(tower, head=Head()),
         policy_of(lambda: Tower(2)),

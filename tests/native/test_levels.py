@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from bridle.batch import Batch
 from bridle.control import compiled, convolutions
 from bridle.control.networks import NetworkSettings, build_policy
 from bridle.control.observations import Observations
+from bridle.control.perceptrons import Perceptrons
 from bridle.control.policy import Transitions
+from bridle.control.reading import read
 from bridle.control.small import SmallActorCritic
 from bridle.control.spaces import action_spec, observation_spec
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead
@@ -109,6 +112,30 @@ def test_a_head_there_and_back(
         given = (answers.logp, answers.entropy, answers.kl, answers.ref_logp, slope, grad)
         found.append([one for one in given if one is not None])
     assert len(found[0]) == 6
+    assert alike(*found)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.SiLU, nn.GELU, lambda: nn.GELU(approximate="tanh"), nn.ELU, nn.LeakyReLU, nn.Softplus, nn.Sigmoid, nn.Tanh],
+)
+def test_a_network_with_norms_there_and_back(
+    activation: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = []
+    for level in FUSED:
+        monkeypatch.setattr(compiled, "library", built("small.c", compiled.load, tmp_path, level))
+        torch.manual_seed(0)
+        layers = [nn.Linear(7, 33), nn.LayerNorm(33), activation(), nn.Linear(33, 19), activation(), nn.LayerNorm(19)]
+        net = nn.Sequential(*layers, nn.Linear(19, 3))
+        reading = read(net, torch.zeros(2, 7))
+        assert reading is not None
+        own, x = Perceptrons([(reading.form, reading.places)]), 3 * torch.randn(205, 7)
+        (run,) = own.run(x)
+        outputs, frozen = run.outputs[0].clone(), torch.empty(205, 3)
+        run.pull_back([torch.randn(3, 205)])
+        own.frozen(0, 205).outputs(x, frozen)
+        found.append([outputs, frozen, *(p.grad for p in net.parameters() if p.grad is not None)])
     assert alike(*found)
 
 

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridle.control.buffers import Buffers
+from bridle.control.forms import Net, parts_of
+from bridle.control.laying import LAYERS, LaidNet, lay, point_at
 from bridle.native.loading import library_of, load_library
 
 __all__ = [
@@ -26,39 +28,15 @@ __all__ = [
     "Run",
     "Softmax",
     "Stack",
+    "laid_out",
     "library",
     "load",
-    "net_of",
-    "point_at",
     "require_shape",
     "serves",
 ]
 
-_LAYERS = 8
-"""The most layers of one net, as in small.c."""
 _WIDEST = 512
 """Beyond this width the machine's own products are as fast."""
-
-
-class _Net(ctypes.Structure):
-    """See ``perceptron`` in small.c."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("layers", ctypes.c_int64),
-        ("tanh", ctypes.c_int64),
-        ("transposed", ctypes.c_int64),
-        ("width", ctypes.c_int64 * (_LAYERS + 1)),
-        ("weight", ctypes.c_void_p * _LAYERS),
-        ("bias", ctypes.c_void_p * _LAYERS),
-        ("weight_gradient", ctypes.c_void_p * _LAYERS),
-        ("bias_gradient", ctypes.c_void_p * _LAYERS),
-        ("hidden", ctypes.c_void_p * _LAYERS),
-        ("out", ctypes.c_void_p),
-        ("across", ctypes.c_int64),
-        ("along", ctypes.c_int64),
-        ("work", ctypes.c_void_p),
-    )
 
 
 _SOURCE = Path(__file__).with_name("small.c")
@@ -66,7 +44,7 @@ _SOURCE = Path(__file__).with_name("small.c")
 
 def load(place: Path) -> Any:
     """Open what was compiled of small.c to ``place``; None as :func:`bridle.native.loading.load_library`."""
-    net, at, count = ctypes.POINTER(_Net), ctypes.c_void_p, ctypes.c_int64
+    net, at, count = ctypes.POINTER(LaidNet), ctypes.c_void_p, ctypes.c_int64
     functions: dict[str, tuple[Any, list[Any]]] = {
         "perceptron_work": (count, [net]),
         "perceptron_forward": (None, [net, at]),
@@ -84,24 +62,23 @@ library: Any = load(library_of(_SOURCE))
 """The compiled code; None where it was not built."""
 
 
-def serves(nets: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether nets of these weights and biases, in turn, can run compiled."""
+def serves(nets: Sequence[Net]) -> bool:
+    """Whether nets can run compiled."""
     return library is not None and all(
-        len(net) <= 2 * _LAYERS
-        and max(net[0].shape[-1], *(len(tensor) for tensor in net)) <= _WIDEST
-        and all(t.is_contiguous() and t.dtype is torch.float32 and t.device.type == "cpu" for t in net)
+        len(net.form) <= LAYERS
+        and max(net.parameters[0].shape[-1], *map(len, net.parameters)) <= _WIDEST
+        and all(t.is_contiguous() and t.dtype is torch.float32 and t.device.type == "cpu" for t in net.parameters)
         for net in nets
     )
 
 
 class Stack:
-    """Some nets of weights and biases in turn, and runs of them whose buffers are free."""
+    """Some nets, and runs of them whose buffers are free."""
 
-    def __init__(self, nets: list[list[Tensor]], *, tanh: bool) -> None:
+    def __init__(self, nets: Sequence[Net]) -> None:
         self.nets = nets
-        self.tanh = tanh
         self.free = Buffers(partial(Run, self))
-        self._width = nets[0][0].shape[1]
+        self._width = nets[0].parameters[0].shape[1]
         self._known: list[Tensor | None] = []
         self.gradients: list[list[Tensor]] = []
 
@@ -115,15 +92,15 @@ class Stack:
 
     def find_gradients(self) -> None:
         """Follow gradients that have moved; where there are none there are zeros then."""
-        present = [parameter.grad for net in self.nets for parameter in net]
+        present = [parameter.grad for net in self.nets for parameter in net.parameters]
         if self._known and all(map(is_, present, self._known)):
             return
-        for parameter in [parameter for net in self.nets for parameter in net]:
+        for parameter in [parameter for net in self.nets for parameter in net.parameters]:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif not parameter.grad.is_contiguous():
                 parameter.grad = parameter.grad.contiguous()
-        self.gradients = [[cast(Tensor, parameter.grad) for parameter in net] for net in self.nets]
+        self.gradients = [[cast(Tensor, parameter.grad) for parameter in net.parameters] for net in self.nets]
         self._known = [gradient for net in self.gradients for gradient in net]
 
 
@@ -138,17 +115,13 @@ class Run:
         self.outputs: list[Float[Tensor, "A n"]] = []
         """[A, n] of each, of the last forward run"""
         self._buffers: list[Tensor] = []
-        self._nets: list[_Net] = []
+        self._nets: list[LaidNet] = []
         self._pointers: list[Any] = []
         for net in stack.nets:
-            hidden = [bias.new_empty(rows, len(bias)) for bias in net[1:-2:2]]
-            out = net[-1].new_empty(len(net[-1]), rows)
-            own = net_of(net, rows, tanh=stack.tanh, hidden=hidden)
-            own.out, own.across, own.along = out.data_ptr(), rows, 1
-            work = net[-1].new_empty(library.perceptron_work(own))
-            own.work = work.data_ptr()
-            self._buffers += [*hidden, work]
-            self.outputs.append(out)
+            own, buffers, outputs = laid_out(net, rows)
+            own.across, own.along = rows, 1
+            self._buffers += buffers
+            self.outputs.append(outputs)
             self._nets.append(own)
             self._pointers.append(ctypes.byref(own))
 
@@ -167,30 +140,29 @@ class Run:
         stack.find_gradients()
         if self._gradients is not stack.gradients:
             self._gradients = stack.gradients
-            for net, gradients in zip(self._nets, self._gradients, strict=True):
-                point_at(net, gradients)
+            for own, net, gradients in zip(self._nets, stack.nets, self._gradients, strict=True):
+                point_at(own, net, gradients)
         assert self._vector is not None
-        for net, own in zip(self._pointers, slopes, strict=True):
-            library.perceptron_backward(net, self._vector.data_ptr(), own.data_ptr())
+        for at, slope in zip(self._pointers, slopes, strict=True):
+            library.perceptron_backward(at, self._vector.data_ptr(), slope.data_ptr())
         stack.free.let_go(self)
 
 
 class Frozen:
     """One net whose weights stand still, for many runs over as many states."""
 
-    def __init__(self, net: Sequence[Tensor], *, tanh: bool, rows: int) -> None:
-        turned = [
-            tensor.detach().T.contiguous() if tensor.ndim == 2 else tensor.detach().clone() for tensor in net[:-2]
+    def __init__(self, net: Net, rows: int) -> None:
+        *hidden, last = parts_of(net.form, range(len(net.parameters)))
+        turned = {part.weight for part in hidden}
+        tensors = [
+            tensor.detach().T.contiguous() if place in turned else tensor.detach().clone()
+            for place, tensor in enumerate(net.parameters)
         ]
-        turned += [tensor.detach().clone() for tensor in net[-2:]]
-        hidden = [bias.new_empty(rows, len(bias)) for bias in net[1:-2:2]]
-        self._net = net_of(turned, rows, tanh=tanh, hidden=hidden, transposed=True)
-        self._net.across, self._net.along = 1, len(net[-1])
-        work = net[-1].new_empty(library.perceptron_work(self._net))
-        self._net.work = work.data_ptr()
-        self._kept = [*turned, *hidden, work]
+        self._net, buffers = lay(Net(net.form, tensors), rows, learns=False, transposed=True)
+        self._net.across, self._net.along = 1, len(tensors[last.weight])
+        self._kept = [*tensors, *buffers, _work(self._net, tensors[0])]
         self._pointer = ctypes.byref(self._net)
-        self._shape = rows, net[0].shape[1]
+        self._shape = rows, net.parameters[0].shape[1]
 
     def outputs(self, vector: Float[Tensor, "n D"], out: Float[Tensor, "n A"]) -> None:
         """Write the outputs in n states to ``out``, which lies row by row."""
@@ -205,24 +177,19 @@ def require_shape(vector: Tensor, rows: int, width: int) -> None:
         raise ValueError(f"states of shape {tuple(vector.shape)}, expected {(rows, width)}")
 
 
-def net_of(
-    tensors: Sequence[Tensor], rows: int, *, tanh: bool, hidden: Sequence[Tensor], transposed: bool = False
-) -> _Net:
-    """Describe a net of weights and biases in turn."""
-    own = _Net(rows=rows, layers=len(tensors) // 2, tanh=tanh, transposed=transposed)
-    own.width[0] = tensors[0].shape[0 if transposed else 1]
-    for place, (weight, bias) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
-        own.width[place + 1] = len(bias)
-        own.weight[place], own.bias[place] = weight.data_ptr(), bias.data_ptr()
-    for place, layer in enumerate(hidden):
-        own.hidden[place] = layer.data_ptr()
-    return own
+def laid_out(net: Net, rows: int) -> tuple[LaidNet, list[Tensor], Float[Tensor, "A n"]]:
+    """Describe a net over n states that learns; return all that it writes to, and its outputs, a part of that."""
+    own, buffers = lay(net, rows, learns=True)
+    outputs = net.parameters[0].new_empty(own.layer[own.layers - 1].width, rows)
+    own.out = outputs.data_ptr()
+    return own, [*buffers, outputs, _work(own, outputs)], outputs
 
 
-def point_at(net: _Net, gradients: Sequence[Tensor]) -> None:
-    """Say where the gradients of a net's weights and biases, in turn, are added to."""
-    for place, gradient in enumerate(gradients):
-        (net.bias_gradient if place % 2 else net.weight_gradient)[place // 2] = gradient.data_ptr()
+def _work(net: LaidNet, like: Tensor) -> Tensor:
+    """Give a net the room that it works in."""
+    work = like.new_empty(library.perceptron_work(net))
+    net.work = work.data_ptr()
+    return work
 
 
 class Softmax:

@@ -7,12 +7,12 @@ The oracle is the general path, step by step: :func:`bridle.learn.step.accumulat
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bridle.control import compiled
+from bridle.control.laying import LaidNet, point_at
 from bridle.control.policy import Transitions
 from bridle.learn.descent import ClippedTerms, Descended
 from bridle.learn.minibatches import Minibatches
@@ -46,18 +46,15 @@ class Descending:
     def __init__(self, stack: compiled.Stack) -> None:
         """Take the stack of an actor and a critic."""
         self.stack = stack
-        self._nets: list[Any] = []
+        self._nets: list[LaidNet] = []
         self._buffers: list[Tensor] = []
         for net in stack.nets:
-            hidden = [bias.new_empty(_ROWS, len(bias)) for bias in net[1:-2:2]]
-            out = net[-1].new_empty(len(net[-1]), _ROWS)
-            own = compiled.net_of(net, _ROWS, tanh=stack.tanh, hidden=hidden)
-            work = net[-1].new_empty(compiled.library.perceptron_work(own))
-            own.out, own.work = out.data_ptr(), work.data_ptr()
+            own, buffers, _ = compiled.laid_out(net, _ROWS)
             self._nets.append(own)
-            self._buffers += [*hidden, out, work]
-        self._inputs, self._outputs = stack.nets[0][0].shape[1], len(stack.nets[0][-1])
-        self._work = stack.nets[0][0].new_empty(_ROWS * (self._inputs + 4 * self._outputs))
+            self._buffers += buffers
+        actor = self._nets[0]
+        self._inputs, self._outputs = actor.inputs, actor.layer[actor.layers - 1].width
+        self._work = stack.nets[0].parameters[0].new_empty(_ROWS * (self._inputs + 4 * self._outputs))
 
     def steps(
         self, units: Transitions, parts: Minibatches, log_std: Tensor | None, terms: ClippedTerms, adam: FlatAdam
@@ -75,8 +72,8 @@ class Descending:
         if not self._reads(whole, vector, actions, gaussian=log_std is not None):
             return None
         self.stack.find_gradients()
-        for net, gradients in zip(self._nets, self.stack.gradients, strict=True):
-            compiled.point_at(net, gradients)
+        for own, net, gradients in zip(self._nets, self.stack.nets, self.stack.gradients, strict=True):
+            point_at(own, net, gradients)
         lengths = torch.tensor(parts.lengths)
         answers, norms = vector.new_empty(3, len(whole.actions)), vector.new_empty(len(parts))
         at = {name: getattr(whole, name).data_ptr() for name in ("old_logp", "advantages", "returns")}

@@ -29,11 +29,11 @@ class OwnPerceptrons(SmallActorCritic):
     def __init__(
         self, *, actor: nn.Module, critic: nn.Module, head: nn.Module, readings: tuple[Reading, Reading]
     ) -> None:
-        """Take modules, what they were read as (the same hidden layers), and a head that :func:`by_hand` is true of."""
+        """Take modules, what they were read as, and a head that :func:`by_hand` is true of."""
         ActorCritic.__init__(self, actor=actor, critic=critic, head=head)
         self._readings = readings
         self._as_read = False
-        self._begin([reading.places for reading in readings], readings[0].activation)
+        self._begin([(reading.form, reading.places) for reading in readings])
 
     @classmethod
     def of(cls, policy: ActorCritic, inputs: int) -> Self | None:
@@ -46,9 +46,10 @@ class OwnPerceptrons(SmallActorCritic):
         if not all(can_be_read(net, some) for net in (policy.actor, policy.critic)):
             return None
         actor, critic = (read(net, some) for net in (policy.actor, policy.critic))
-        if actor is None or critic is None or not _alike(actor, critic, policy.head):
+        if actor is None or critic is None or not _agree(actor, critic, policy.head):
             return None
-        return cls(actor=policy.actor, critic=policy.critic, head=policy.head, readings=(actor, critic))
+        own = cls(actor=policy.actor, critic=policy.critic, head=policy.head, readings=(actor, critic))
+        return own if own._nets.able else None
 
     def acting(self, first: Observations, steps: int, draws: np.random.Generator) -> Acting:
         """Begin a rollout of ``steps`` steps; all states are of the form of the ``first`` ones."""
@@ -59,7 +60,7 @@ class OwnPerceptrons(SmallActorCritic):
         return super().acting(first, steps, draws)
 
     def _by_hand(self, observations: Observations) -> bool:
-        return self._as_read and super()._by_hand(observations)
+        return self._as_read and super()._by_hand(observations) and self._nets.able
 
 
 def _noticed(policy: ActorCritic) -> bool:
@@ -73,10 +74,9 @@ def quickened(policy: ControlPolicy, inputs: int) -> ControlPolicy:
     return policy if own is None else own
 
 
-def _alike(actor: Reading, critic: Reading, head: nn.Module) -> bool:
-    """Whether both have the same hidden layers and no weight in common, and as many outputs as are asked for."""
+def _agree(actor: Reading, critic: Reading, head: nn.Module) -> bool:
+    """Whether both have no weight in common, and as many outputs as are asked for."""
     mine, its = actor.parameters, critic.parameters
-    hidden = [weight.shape for weight in mine[:-2]] == [weight.shape for weight in its[:-2]]
     spread = head._parameters.get("log_std")
     outputs = len(its[-1]) == 1 and (spread is None or len(mine[-1]) == len(spread))
-    return hidden and outputs and actor.activation == critic.activation and not set(map(id, mine)) & set(map(id, its))
+    return outputs and not set(map(id, mine)) & set(map(id, its))

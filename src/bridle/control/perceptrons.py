@@ -10,52 +10,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from operator import is_
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bridle.control import compiled
 from bridle.control.buffers import Buffers
+from bridle.control.forms import Form, Net, Place, activation_of
 
-__all__ = ["Activation", "Array", "Frozen", "Perceptrons", "Place", "Run", "places_of"]
+__all__ = ["Array", "Frozen", "Perceptrons", "Run"]
 
 Array = NDArray[np.float32]
-Activation = Literal["tanh", "relu"]
-
-Place = tuple[dict[str, Any], str]
-"""Where a module keeps a parameter, and its name there; asking the module itself would take most of a small run's time."""
 
 _MINUS_ONE = torch.tensor(-1.0)
 _TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
 _RELU_BACKWARD = torch.ops.aten.threshold_backward.grad_input
 
 
-def places_of(net: nn.Sequential) -> list[Place]:
-    """Return where the weights and biases of linear layers are kept, in turn."""
-    homes = [layer._parameters for layer in net if isinstance(layer, nn.Linear)]
-    return [(home, name) for home in homes for name in ("weight", "bias")]
-
-
 class Perceptrons:
-    """P perceptrons of the same hidden layers, on their modules' own float32 weights.
+    """P perceptrons on their modules' own float32 parameters.
 
-        h_0 = x,  h_k = f(h_{k−1} W_kᵀ + b_k),  outputs = h_{K−1} W_Kᵀ + b_K
+        h_0 = x,  h_k = f_k(h_{k−1} W_kᵀ + b_k),  outputs = h_{K−1} W_Kᵀ + b_K
 
-    Where their weights lie evenly spaced in one memory, as under a flat optimiser, they run as one.
+    Compiled they may be of any form. By NumPy each f is one activation, tanh or ReLU, and where nets are of the same hidden
+    layers and their weights lie evenly spaced in one memory, as under a flat optimiser, they run as one.
     """
 
-    def __init__(self, nets: Sequence[Sequence[Place]], activation: Activation) -> None:
-        """Take where each net's weights and biases are kept, in turn: two layers at least, each but the last followed by
-        ``activation``.
-        """
-        self._tanh = activation == "tanh"
-        self._depth = len(nets[0]) // 2
-        self._places = [place for net in nets for place in net]
+    def __init__(self, nets: Sequence[tuple[Form, Sequence[Place]]]) -> None:
+        """Take each net's form, and where its parameters are kept, in their order."""
+        self._forms = [form for form, _ in nets]
+        self._counts = [len(places) for _, places in nets]
+        self._places = [place for _, places in nets for place in places]
+        self._activations = [activation_of(form) for form in self._forms]
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
         self._alone: list[_Stack] | list[compiled.Stack] = []
@@ -78,15 +70,20 @@ class Perceptrons:
         stack.free.let_go(run)  # type: ignore[arg-type]
         return run.outputs[0].clone()
 
+    @property
+    def able(self) -> bool:
+        """Whether they can run as they lie now."""
+        self._hold()
+        return bool(self._alone)
+
     def frozen(self, net: int, rows: int) -> Frozen | compiled.Frozen:
         """Return one perceptron as its weights are now, for many runs over ``rows`` states each."""
         self._hold()
-        each = 2 * self._depth
-        own = self._parameters[net * each : (net + 1) * each]
+        own = self._nets()[net]
         if compiled.serves([own]):
-            return compiled.Frozen(own, tanh=self._tanh, rows=rows)
-        arrays = [tensor.detach().numpy() for tensor in own]
-        return Frozen(arrays[::2], arrays[1::2], tanh=self._tanh, rows=rows)
+            return compiled.Frozen(own, rows)
+        arrays = [tensor.detach().numpy() for tensor in own.parameters]
+        return Frozen(arrays[::2], arrays[1::2], tanh=self._activations[net] == "tanh", rows=rows)
 
     def run(self, vector: Float[Tensor, "n D"]) -> Sequence[Run | compiled.Run]:
         """Run all of them over n states; each run holds some, in their order. ``vector`` lies row by row."""
@@ -96,7 +93,7 @@ class Perceptrons:
     def stack(self) -> compiled.Stack | None:
         """Return all of them as compiled code runs them; None where it does not."""
         self._hold()
-        stack = self._together[0]
+        stack = self._together[0] if self._together else None
         return stack if isinstance(stack, compiled.Stack) else None
 
     def _hold(self) -> None:
@@ -107,15 +104,26 @@ class Perceptrons:
             return
         self._parameters = present
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
-        own, each = self._parameters, 2 * self._depth
-        nets = [own[at : at + each] for at in range(0, len(own), each)]
+        nets = self._nets()
         if compiled.serves(nets):
-            self._alone = [compiled.Stack([net], tanh=self._tanh) for net in nets]
-            self._together = [compiled.Stack(nets, tanh=self._tanh)]
+            self._alone = [compiled.Stack([net]) for net in nets]
+            self._together = [compiled.Stack(nets)]
             return
-        self._alone = [_Stack([net], tanh=self._tanh) for net in nets]
-        even = all(len(_stacked(same)) == 1 for same in zip(*(net[:-2] for net in nets), strict=True))
-        self._together = [_Stack(nets, tanh=self._tanh)] if even else self._alone
+        self._alone = self._together = []
+        if None in self._activations:
+            return
+        owned = [list(net.parameters) for net in nets]
+        kinds = [activation == "tanh" for activation in self._activations]
+        self._alone = [_Stack([net], tanh=tanh) for net, tanh in zip(owned, kinds, strict=True)]
+        hidden = [[tensor.shape for tensor in net[:-2]] for net in owned]
+        alike = all(shapes == hidden[0] for shapes in hidden) and len(set(kinds)) == 1
+        even = alike and all(len(_stacked(same)) == 1 for same in zip(*(net[:-2] for net in owned), strict=True))
+        self._together = [_Stack(owned, tanh=kinds[0])] if even else self._alone
+
+    def _nets(self) -> list[Net]:
+        """Return the nets on the parameters that are held."""
+        left = iter(self._parameters)
+        return [Net(form, list(islice(left, count))) for form, count in zip(self._forms, self._counts, strict=True)]
 
 
 class Run:

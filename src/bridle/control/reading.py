@@ -1,57 +1,46 @@
 """Reading a user's own modules: those that compute a perceptron can run as ours do.
 
 What a module computes is seen by running it on a few states and looking at each operation. Whatever is not a linear layer
-on weights of its own, followed by tanh or ReLU, makes it a module like any other.
+on weights of its own, followed by an activation and at most a layer norm on either side of that, makes it a module like
+any other.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from bridle.control.perceptrons import Activation, Place
+from bridle.control.forms import Form, Layer, Norm, Place
+from bridle.control.operations import MODULES, Normed, Operation, Summed, operation_of
 from bridle.guards import has_followed_slopes, is_observed, is_plain, is_watched
 
 __all__ = ["Reading", "can_be_read", "read"]
 
-_ACTIVATIONS: dict[object, Activation] = {
-    torch.tanh: "tanh",
-    Tensor.tanh: "tanh",
-    functional.tanh: "tanh",
-    torch.relu: "relu",
-    Tensor.relu: "relu",
-    functional.relu: "relu",
-}
-
-_KNOWN = (nn.Linear, nn.Tanh, nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""PyTorch's modules that a perceptron is made of; with another inside, it is not run to be read, for that may change it."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """A module that is a perceptron: linear layers, two at least, each but the last followed by the activation."""
+    """A module that is a perceptron: linear layers, two at least, each but the last followed by an activation."""
 
-    activation: Activation
-    """What follows each hidden layer."""
+    form: Form
+    """What follows on what."""
     places: tuple[Place, ...]
-    """Where weights and biases are kept, in turn."""
+    """Where the parameters are kept, in their order."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Weights and biases, in turn."""
+        """All of them, in their order."""
         return [home[name] for home, name in self.places]
 
     def same(self, other: Reading | None) -> bool:
         """Whether the other one is the same perceptron of the same weights."""
-        if other is None or other.activation != self.activation or len(other.places) != len(self.places):
+        if other is None or other.form != self.form or len(other.places) != len(self.places):
             return False
         return all(
             home is its and name == called
@@ -62,14 +51,14 @@ class Reading:
 def read(module: nn.Module, vector: Float[Tensor, "n D"]) -> Reading | None:
     """Run a module on n states and say which perceptron it is; None if it is none, or somebody would notice.
 
-    It is none where it holds buffers, parametrised or shared weights or other modules, where anything but linear layers and
-    activations is called on the way, and where running it changes what it keeps. That it prints, or writes to what others
-    keep, is not seen.
+    It is none where it holds buffers, parametrised or shared weights or other modules, where anything but linear layers,
+    activations and norms of a layer's whole width is called on the way, and where running it changes what it keeps. That it
+    prints, or writes to what others keep, is not seen.
     """
     modules = list(module.modules())
     if is_observed() or any(is_watched(own) or has_followed_slopes(own) for own in modules):
         return None
-    foreign = any(type(own).__module__.startswith("torch.") and type(own) not in _KNOWN for own in modules)
+    foreign = any(type(own).__module__.startswith("torch.") and type(own) not in MODULES for own in modules)
     if foreign or any(own._buffers for own in modules):
         return None
     before = [_kept(own) for own in modules]
@@ -126,29 +115,61 @@ def _chain(
         for name, parameter in own._parameters.items()
         if parameter is not None
     }
-    places: list[Place] = []
-    kinds: list[Activation] = []
+    chain = _Chain()
     below: object = vector
     for func, args, named, found in calls:
-        layers = len(places) // 2
-        if func is functional.linear and len(args) == 3 and not named and layers == len(kinds):
-            own = [homes.get(id(weight)) for weight in args[1:]]
-            if None in own or not all(map(is_plain, args[1:])):
-                return None
-            places += cast(list[Place], own)
-        elif func in _ACTIVATIONS and len(args) == 1 and not named.keys() - {"inplace"} and layers == len(kinds) + 1:
-            kinds.append(_ACTIVATIONS[func])
-        else:
-            return None
-        if args[0] is not below:
+        operation = operation_of(func, args, named)
+        if operation is None or operation.seen is not below or not chain.takes(operation):
             return None
         below = found
-    whole = below is outputs and is_plain(cast(Tensor, below)) and len(places) == 2 * len(kinds) + 2
-    held = [home[name] for home, name in places]
-    follows = whole and cast(Tensor, below).requires_grad == any(weight.requires_grad for weight in held)
-    if not follows or len({id(weight) for weight in held}) < len(held) or len(set(kinds)) != 1:
+    form, held = chain.form, chain.held
+    places = [homes.get(id(parameter)) for parameter in held]
+    known = None not in places and len({id(parameter) for parameter in held}) == len(held)
+    ended = len(form) > 1 and form[-1] == Layer(bias=form[-1].bias)
+    if not (known and ended and below is outputs and all(map(is_plain, (*held, cast(Tensor, below))))):
         return None
-    return Reading(activation=kinds[0], places=tuple(places))
+    if cast(Tensor, below).requires_grad != any(parameter.requires_grad for parameter in held):
+        return None
+    return Reading(form=tuple(form), places=tuple(cast(list[Place], places)))
+
+
+class _Chain:
+    """The layers that operations come to, one after the other."""
+
+    def __init__(self) -> None:
+        self.form: list[Layer] = []
+        self.held: list[Tensor] = []
+        """Their parameters, in their order."""
+        self._width = 0
+
+    def takes(self, operation: Operation) -> bool:
+        """Whether an operation can follow; if so, it does."""
+        if isinstance(operation, Summed):
+            return self._sum(operation)
+        if not self.form:
+            return False
+        last = self.form[-1]
+        if isinstance(operation, Normed):
+            return self._norm(last, operation)
+        self.form[-1] = replace(last, activation=operation.activation, strength=operation.strength)
+        return last.activation is None
+
+    def _sum(self, operation: Summed) -> bool:
+        weight, bias = cast(Tensor, operation.weight), cast(Tensor | None, operation.bias)
+        if (self.form and self.form[-1].activation is None) or weight.ndim != 2:
+            return False
+        self._width = len(weight)
+        self.form.append(Layer(bias=bias is not None))
+        self.held += [weight] if bias is None else [weight, bias]
+        return bias is None or bias.shape == (self._width,)
+
+    def _norm(self, last: Layer, operation: Normed) -> bool:
+        scale, shift = cast(Tensor | None, operation.scale), cast(Tensor | None, operation.shift)
+        own = Norm(eps=operation.eps, scale=scale is not None, shift=shift is not None)
+        first = last.activation is None
+        self.form[-1] = replace(last, before=own) if first else replace(last, behind=own)
+        self.held += [parameter for parameter in (scale, shift) if parameter is not None]
+        return (last.before if first else last.behind) is None and operation.shape == (self._width,)
 
 
 def _kept(module: nn.Module) -> list[tuple[str, int, int]]:

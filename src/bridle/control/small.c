@@ -5,6 +5,8 @@
        h_0 = x,  h_k = f(h_{k-1} W_k^T + b_k),  out = h_{K-1} W_K^T + b_K           (perceptron_forward)
        and the chain rule of it, gradients added to what is there                   (perceptron_backward)
 
+   f is an activation, with a layer norm before it or behind it or both, or none (between.h);
+
    and the two heads, from outputs to log-probabilities and entropies and back. All numbers are float32, row by row
    without gaps; actions stand along the first axis of what belongs to n states. Nothing is allocated here. */
 
@@ -14,29 +16,43 @@
 
 #include "../native/simd.h"
 
+#include "../native/functions.h"
+
+#include "between.h"
+
 #define LAYERS 8
 #define ROWS 96   /* states at a time: their layers of 64 fill half a cache of 64 KiB */
 #define WIDE (2 * LANES) /* columns of C that are summed in registers, of HIGH rows */
 
 typedef struct {
-  int64_t rows, layers, tanh, transposed;
-  int64_t width[LAYERS + 1];
-  const float *weight[LAYERS]; /* [out, in]; [in, out] of the hidden layers if transposed */
-  const float *bias[LAYERS];   /* [out] */
-  float *weight_gradient[LAYERS];
-  float *bias_gradient[LAYERS];
-  float *hidden[LAYERS]; /* [rows, out] */
+  int64_t width; /* of its outputs */
+  const float *weight; /* [out, in]; [in, out] of a hidden layer if the net is transposed */
+  const float *bias;   /* [out], if there is one */
+  float *weight_gradient, *bias_gradient;
+  int64_t activation; /* of a hidden layer, as everything from here on */
+  double strength;    /* ELU's alpha, LeakyReLU's slope below 0 */
+  norm before, behind; /* the activation */
+  float *hidden;       /* [rows, out] */
+  float *slopes;       /* [rows, out] of the activation, where they cannot be told from `hidden` and there is a way back */
+} layer;
+
+typedef struct {
+  int64_t rows, layers, transposed, inputs;
+  layer layer[LAYERS];
   float *out;            /* output j in state i at out[j across + i along] */
   int64_t across, along;
   float *work;           /* see perceptron_work */
 } perceptron;
 
 static int64_t most(const perceptron *net) {
-  int64_t found = 0;
-  for (int64_t k = 0; k <= net->layers; k++)
-    if (net->width[k] > found) found = net->width[k];
+  int64_t found = net->inputs;
+  for (int64_t k = 0; k < net->layers; k++)
+    if (net->layer[k].width > found) found = net->layer[k].width;
   return found;
 }
+
+/* Numbers that layer k reads. */
+INLINE int64_t inputs_of(const perceptron *net, int64_t k) { return k ? net->layer[k - 1].width : net->inputs; }
 
 /* C[high, parts LANES] (+)= A B with A(i, k) = a[i da + k dk] and B(k, .) = b + k db; the first `columns` columns of it. */
 INLINE void block(const int high, const int parts, int64_t depth, const float *a, int64_t da, int64_t dk, const float *b,
@@ -100,46 +116,17 @@ static void add_product(int64_t m, int64_t n, int64_t depth, const float *a, int
     for (int64_t j = 0; j < n; j++) c[i * n + j] += pad[j * m + i];
 }
 
-/* x P(x^2) / Q(x^2), a minimax fit of tanh within 4e-7 of it; the coefficients are those of Eigen's ptanh for floats,
-   beyond |x| = 7.9 tanh is 1 in float32. Not-a-number comes through, for it is neither below nor above. */
-INLINE float tanh_of(float x) {
-  x = 7.90531110763549805f < x ? 7.90531110763549805f : x;
-  x = -7.90531110763549805f > x ? -7.90531110763549805f : x;
-  const float s = x * x;
-  float p = -2.76076847742355e-16f * s + 2.00018790482477e-13f;
-  p = p * s + -8.60467152213735e-11f;
-  p = p * s + 5.12229709037114e-08f;
-  p = p * s + 1.48572235717979e-05f;
-  p = p * s + 6.37261928875436e-04f;
-  p = p * s + 4.89352455891786e-03f;
-  float q = 1.19825839466702e-06f * s + 1.18534705686654e-04f;
-  q = q * s + 2.26843463243900e-03f;
-  q = q * s + 4.89352518554385e-03f;
-  return x * p / q;
-}
-
-static void activate(float *restrict layer, const float *restrict bias, int64_t rows, int64_t width, int tanh) {
-  for (int64_t i = 0; i < rows; i++, layer += width)
-    if (tanh)
-      for (int64_t j = 0; j < width; j++) layer[j] = tanh_of(layer[j] + bias[j]);
-    else
-      for (int64_t j = 0; j < width; j++) {
-        const float y = layer[j] + bias[j];
-        layer[j] = 0.0f > y ? 0.0f : y;
-      }
-}
-
 /* Numbers that `work` must hold. */
 EXPORT int64_t perceptron_work(const perceptron *net) {
   int64_t weights = 0, wide = most(net);
-  for (int64_t k = 0; k < net->layers; k++) weights += net->width[k] * net->width[k + 1];
+  for (int64_t k = 0; k < net->layers; k++) weights += inputs_of(net, k) * net->layer[k].width;
   return weights + WIDE * (wide > ROWS ? wide : ROWS) + 2 * ROWS * wide;
 }
 
 /* The checksum of this file, as who compiled it says: what is called must be what is here. */
 EXPORT int64_t perceptron_source(void) { return SOURCE; }
 
-/* out(j, i) = h_i W_j^T + b_j of few outputs: sums along a row instead of blocks that would stand half empty. */
+/* out(j, i) = h_i W_j^T + b_j of few outputs, or without b: sums along a row instead of blocks that would stand half empty. */
 static void outputs(int64_t rows, int64_t n, int64_t in, const float *restrict h, const float *restrict weight,
                     const float *restrict bias, float *restrict out, int64_t across, int64_t along) {
   for (int64_t i = 0; i < rows; i++, h += in)
@@ -148,19 +135,11 @@ static void outputs(int64_t rows, int64_t n, int64_t in, const float *restrict h
       vec sum = {0};
       int64_t k = 0;
       for (; k + 8 <= in; k += 8) sum += *(const vec *)(h + k) * *(const vec *)(w + k);
-      float total = bias[j];
+      float total = bias ? bias[j] : 0.0f;
       for (int l = 0; l < 8; l++) total += sum[l];
       for (; k < in; k++) total += h[k] * w[k];
       out[j * across + i * along] = total;
     }
-}
-
-/* Slopes through f, whose values are `layer`: 1 - h^2, or whether h is above 0. */
-static void through(int64_t count, const float *restrict layer, float *restrict slopes, int tanh) {
-  if (tanh)
-    for (int64_t i = 0; i < count; i++) slopes[i] *= 1.0f - layer[i] * layer[i];
-  else
-    for (int64_t i = 0; i < count; i++) slopes[i] = layer[i] > 0.0f ? slopes[i] : 0.0f;
 }
 
 /* gradient_j += sum_i A(i, j) with A(i, j) = a[i da + j dk]. */
@@ -195,14 +174,40 @@ INLINE room room_of(const perceptron *net) {
 /* Find the hidden layers' weights as [in, out]. */
 INLINE void turn(const perceptron *net, float *turned, const float **weights) {
   for (int64_t k = 0; k < net->layers - 1; k++) {
-    const int64_t in = net->width[k], out = net->width[k + 1];
-    weights[k] = net->weight[k];
+    const int64_t in = inputs_of(net, k), out = net->layer[k].width;
+    weights[k] = net->layer[k].weight;
     if (net->transposed) continue;
     for (int64_t from = 0; from < out; from += 16) /* a cache line of what is written at a time */
       for (int64_t i = 0; i < in; i++)
-        for (int64_t j = from; j < out && j < from + 16; j++) turned[i * out + j] = net->weight[k][j * in + i];
+        for (int64_t j = from; j < out && j < from + 16; j++) turned[i * out + j] = net->layer[k].weight[j * in + i];
     weights[k] = turned, turned += in * out;
   }
+}
+
+/* What stands between a linear layer without its bias and the next one, of a few rows. */
+INLINE void forth(const layer *own, int64_t at, int64_t rows, float *y) {
+  const int64_t width = own->width;
+  if (!own->before.there && !own->behind.there && own->activation <= TANH && own->bias) {
+    activate(y, own->bias, rows, width, own->activation == TANH);
+    return;
+  }
+  if (own->before.there) norm_up(&own->before, at, rows, width, own->bias, y);
+  else
+    for (int64_t i = 0; own->bias && i < rows; i++)
+      for (int64_t j = 0; j < width; j++) y[i * width + j] += own->bias[j];
+  bend(own->activation, (float)own->strength, rows * width, y, own->slopes ? own->slopes + at * width : 0);
+  if (own->behind.there) norm_up(&own->behind, at, rows, width, 0, y);
+}
+
+/* And the way back of it, in place; `y` is what came of it. */
+INLINE void back(const layer *own, int64_t at, int64_t rows, const float *y, float *restrict slopes) {
+  const int64_t width = own->width;
+  if (own->behind.there) norm_down(&own->behind, at, rows, width, slopes);
+  const float *restrict kept = own->slopes + at * width;
+  if (own->slopes)
+    for (int64_t i = 0; i < rows * width; i++) slopes[i] *= kept[i];
+  else through(rows * width, y, slopes, own->activation == TANH);
+  if (own->before.there) norm_down(&own->before, at, rows, width, slopes);
 }
 
 /* Few rows, the first of them row `at` of the layers that are kept, through all layers. */
@@ -210,14 +215,15 @@ INLINE void up(const perceptron *net, const float *const *weights, int64_t at, i
   const int64_t top = net->layers - 1;
   const float *below = x;
   for (int64_t k = 0; k < top; k++) {
-    const int64_t in = net->width[k], out = net->width[k + 1];
-    float *own = net->hidden[k] + at * out;
+    const int64_t in = inputs_of(net, k), out = net->layer[k].width;
+    float *own = net->layer[k].hidden + at * out;
     product(rows, out, in, below, in, 1, weights[k], out, own, out, 0, pad);
-    activate(own, net->bias[k], rows, out, net->tanh);
+    forth(&net->layer[k], at, rows, own);
     below = own;
   }
-  outputs(rows, net->width[top + 1], net->width[top], below, net->weight[top], net->bias[top], net->out + at * net->along,
-          net->across, net->along);
+  const layer *last = &net->layer[top];
+  outputs(rows, last->width, inputs_of(net, top), below, last->weight, last->bias, net->out + at * net->along, net->across,
+          net->along);
 }
 
 /* The way back of the same rows; the slope of output j in row i is slopes[j across + i]. */
@@ -227,13 +233,14 @@ INLINE void down(const perceptron *net, int64_t at, int64_t rows, const float *x
   int64_t da = 1, dk = across;
   float *own = place->one, *next = place->other;
   for (int64_t k = net->layers - 1; k >= 0; k--) {
-    const int64_t in = net->width[k], out = net->width[k + 1];
-    const float *below = k ? net->hidden[k - 1] + at * in : x;
-    add_product(out, in, rows, above, dk, da, below, net->weight_gradient[k], place->pad);
-    add_columns(rows, out, above, da, dk, net->bias_gradient[k]);
+    const layer *here = &net->layer[k];
+    const int64_t in = inputs_of(net, k), out = here->width;
+    const float *below = k ? here[-1].hidden + at * in : x;
+    add_product(out, in, rows, above, dk, da, below, here->weight_gradient, place->pad);
+    if (here->bias) add_columns(rows, out, above, da, dk, here->bias_gradient);
     if (!k) break;
-    product(rows, in, out, above, da, dk, net->weight[k], in, own, in, 0, place->pad);
-    through(rows * in, below, own, net->tanh);
+    product(rows, in, out, above, da, dk, here->weight, in, own, in, 0, place->pad);
+    back(here - 1, at, rows, below, own);
     above = own, da = in, dk = 1;
     float *swap = own;
     own = next, next = swap;
@@ -245,14 +252,14 @@ EXPORT void perceptron_forward(const perceptron *net, const float *x) {
   const float *weights[LAYERS];
   turn(net, place.turned, weights);
   for (int64_t at = 0; at < net->rows; at += ROWS)
-    up(net, weights, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->width[0], place.pad);
+    up(net, weights, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->inputs, place.pad);
 }
 
 /* `slopes` [out, rows]: of the loss, with respect to each output. */
 EXPORT void perceptron_backward(const perceptron *net, const float *x, const float *slopes) {
   const room place = room_of(net);
   for (int64_t at = 0; at < net->rows; at += ROWS)
-    down(net, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->width[0], slopes + at, net->rows, &place);
+    down(net, at, net->rows - at < ROWS ? net->rows - at : ROWS, x + at * net->inputs, slopes + at, net->rows, &place);
 }
 
 #define HALF_LOG_TAU 0.91893853320467274178f
@@ -381,7 +388,7 @@ INLINE void surrogate_slopes(int64_t n, const descent *task, int64_t at, float *
    keep. Returns whether there are all those states and actions. */
 INLINE int add_gradient(const perceptron *actor, const perceptron *critic, const descent *task, int64_t from, int64_t n) {
   const room mine = room_of(actor), theirs = room_of(critic);
-  const int64_t width = actor->width[0], size = actor->width[actor->layers];
+  const int64_t width = actor->inputs, size = actor->layer[actor->layers - 1].width;
   float *x = task->work, *first = x + ROWS * width, *second = first + ROWS * size, *slopes = second + ROWS * size;
   float *drawn = slopes + ROWS * size, to_logp[ROWS], to_entropy[ROWS], to_value[ROWS];
   int64_t chosen[ROWS];

@@ -19,9 +19,10 @@ from bridle.control import compiled, small_heads
 from bridle.control.acting import Choosing, Drawing
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.descending import Descending
+from bridle.control.forms import Activation, Form, Place, places_of, plain
 from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
-from bridle.control.perceptrons import Activation, Perceptrons, Place, places_of
+from bridle.control.perceptrons import Perceptrons
 from bridle.control.policy import Acted, Acting, Transitions
 from bridle.learn.descent import ClippedTerms, Descended, Descends
 from bridle.learn.minibatches import Minibatches
@@ -53,12 +54,13 @@ class SmallActorCritic(ActorCritic, HandDifferentiated, Descends):
         :func:`by_hand` is true of.
         """
         super().__init__(actor=actor, critic=critic, head=head)
-        self._begin([places_of(cast(nn.Sequential, net)) for net in (actor, critic)], activation)
+        places = [places_of(cast(nn.Sequential, net)) for net in (actor, critic)]
+        self._begin([(plain(activation, len(own) // 2), own) for own in places])
 
-    def _begin(self, places: Sequence[Sequence[Place]], activation: Activation) -> None:
-        """Take hold of the weights of actor and critic."""
-        self._nets = Perceptrons(places, activation)
-        home, name = places[0][-1]
+    def _begin(self, nets: Sequence[tuple[Form, Sequence[Place]]]) -> None:
+        """Take hold of the parameters of actor and critic."""
+        self._nets = Perceptrons(nets)
+        home, name = nets[0][1][-1]
         self._width = len(home[name])
         self._descending: Descending | None = None
 
