@@ -80,6 +80,11 @@ READ = {
 }
 
 
+def known_to_numpy(name: str) -> bool:
+    """Whether a network of READ is of tanh or ReLU and biases alone."""
+    return all(word not in name for word in ("norm", "two", "bias", "other", "method"))
+
+
 def counts(own: Tower, x: Tensor) -> Tensor:
     own.seen += 1
     return plainly(own, x)
@@ -148,6 +153,17 @@ def read_before(own: Tower, x: Tensor) -> Tensor:
     return own.last(hidden)
 
 
+def bias_for_all() -> nn.Module:
+    own = sequence(nn.Tanh())
+    own[0].bias = nn.Parameter(torch.zeros(1))
+    return own
+
+
+def scaled_by_what_is_kept() -> nn.Module:
+    scale = torch.full((16,), 2.0)
+    return Tower(way=lambda own, x: own.last(torch.tanh(functional.layer_norm(own.first(x), (16,), scale))))
+
+
 def halve(slope: Tensor) -> Tensor:
     return slope / 2
 
@@ -174,7 +190,7 @@ OTHER = {
     "a norm of what is seen": lambda: nn.Sequential(nn.LayerNorm(WIDTH), *sequence(nn.Tanh())),
     "a norm at the end": lambda: nn.Sequential(*sequence(nn.Tanh()), nn.LayerNorm(1)),
     "a norm over other axes": lambda: Tower(
-        way=lambda own, x: own.last(functional.layer_norm(torch.tanh(own.first(x)), (len(x), 16)))
+        way=lambda own, x: own.last(functional.layer_norm(torch.tanh(own.first(x)), (2, 16)))
     ),
     "a norm twice": lambda: sequence(nn.LayerNorm(16), nn.LayerNorm(16), nn.Tanh()),
     "a norm shared": lambda: twice_normed(nn.LayerNorm(16)),
@@ -186,9 +202,8 @@ OTHER = {
     "a norm by groups": lambda: sequence(nn.GroupNorm(1, 16), nn.Tanh()),
     "a norm by root mean square": lambda: sequence(nn.RMSNorm(16), nn.Tanh()),
     "a norm alone": lambda: sequence(nn.LayerNorm(16)),
-    "a bias for all": lambda: Tower(
-        way=lambda own, x: own.last(torch.tanh(functional.linear(x, own.first.weight, own.last.bias)))
-    ),
+    "a bias for all": bias_for_all,
+    "a weight that is no parameter": scaled_by_what_is_kept,
     "changed in place": lambda: Tower(way=lambda own, x: own.last(torch.tanh(own.first(x)).mul_(2))),
     "changed in place and read before": lambda: Tower(way=read_before),
     "dropout behind a norm": lambda: sequence(nn.LayerNorm(16), nn.SiLU(), nn.Dropout(0.1)),
@@ -245,9 +260,11 @@ def require_the_plain_ones_numbers(plain: ActorCritic) -> None:
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("build", READ.values(), ids=READ)
-def test_a_perceptron_runs_on_the_fast_path_with_the_plain_ones_numbers(build: Callable[[], nn.Module]) -> None:
-    require_the_plain_ones_numbers(policy_of(build))
+@pytest.mark.parametrize("name", READ)
+def test_a_perceptron_runs_on_the_fast_path_with_the_plain_ones_numbers(name: str) -> None:
+    if compiled.library is None and not known_to_numpy(name):
+        pytest.skip("there is no compiled library")
+    require_the_plain_ones_numbers(policy_of(READ[name]))
 
 
 @pytest.mark.parametrize("form", ["compiled", "NumPy"])
@@ -262,13 +279,13 @@ def test_actor_and_critic_need_not_be_alike(form: str, monkeypatch: pytest.Monke
 def test_without_compiled_code_what_numpy_does_not_know_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "library", None)
     for name, build in READ.items():
-        policy = policy_of(build)
-        plain = all(word not in name for word in ("norm", "two", "bias", "other", "method"))
-        assert isinstance(quickened(policy, WIDTH), OwnPerceptrons) is plain, name
+        assert isinstance(quickened(policy_of(build), WIDTH), OwnPerceptrons) is known_to_numpy(name), name
 
 
 def test_what_can_no_longer_run_compiled_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a rollout, too: a norm's weights laid out so that compiled code cannot read them."""
+    if compiled.library is None:
+        pytest.skip("there is no compiled library")
     plain, given = policy_of(READ["a norm"]), units(WIDTH, "box", 1, 33)
     policy = quickened(copy.deepcopy(plain), WIDTH)
     assert isinstance(policy, OwnPerceptrons)
