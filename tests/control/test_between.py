@@ -169,7 +169,7 @@ def test_not_a_number_comes_through_in_its_own_row(activation: str, norms: str) 
 
 def policy_of(activation: str, norms: str, kind: str, widths: tuple[int, ...] = (6, 19, 33)) -> ActorCritic:
     head = CategoricalHead() if kind == "discrete" else GaussianHead(3, -0.3)
-    actor, critic = (tower(activation, norms, widths, outputs) for outputs in (3, 1))
+    actor, critic = tower(activation, norms, widths, 3), tower("silu", "behind", (widths[0], 40), 1)  # not alike
     return ActorCritic(actor=actor, critic=critic, head=head)
 
 
