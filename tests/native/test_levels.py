@@ -126,8 +126,8 @@ def test_a_network_with_norms_there_and_back(
     for level in FUSED:
         monkeypatch.setattr(compiled, "library", built("small.c", compiled.load, tmp_path, level))
         torch.manual_seed(0)
-        layers = [nn.Linear(7, 33), nn.LayerNorm(33), activation(), nn.Linear(33, 19), activation(), nn.LayerNorm(19)]
-        net = nn.Sequential(*layers, nn.Linear(19, 3))
+        layers = [nn.Linear(7, 33), nn.LayerNorm(33), activation(), nn.Linear(33, 23), activation(), nn.LayerNorm(23)]
+        net = nn.Sequential(*layers, nn.Linear(23, 3))
         reading = read(net, torch.zeros(2, 7))
         assert reading is not None
         own, x = Perceptrons([(reading.form, reading.places)]), 3 * torch.randn(205, 7)

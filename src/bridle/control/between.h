@@ -154,26 +154,35 @@ static void bend(int64_t kind, float a, int64_t count, float *restrict y, float 
   through(count, y, slopes, kind == TANH);
 }
 
+/* Eight numbers, or as many as there are and 0. A loop over those left over would be summed one by one or four at a time, with
+   products rounded or not, as the compiler likes it for a processor. */
+INLINE vec eight(const float *from, int64_t some) {
+  if (some >= 8) return *(const vec *)from;
+  vec found = {0};
+  memcpy(&found, from, some * sizeof *from);
+  return found;
+}
+
+INLINE float row_sum(int64_t n, const float *x) {
+  vec sum = {0};
+  for (int64_t j = 0; j < n; j += 8) sum += eight(x + j, n - j);
+  return sum_of(sum);
+}
+
+INLINE float row_product(int64_t n, const float *x, const float *y) {
+  vec sum = {0};
+  for (int64_t j = 0; j < n; j += 8) sum += eight(x + j, n - j) * eight(y + j, n - j);
+  return sum_of(sum);
+}
+
 /* z = x + bias, if there is one; y = gamma x^ + beta with x^ = (z - mean z) / sigma and sigma^2 = mean (z - mean z)^2 + eps, means
    along a row (Ba, Kiros & Hinton 2016, eq. 4). In place; rows of what is kept begin at `at`. */
 static void norm_up(const norm *own, int64_t at, int64_t rows, int64_t width, const float *bias, float *x) {
-  const int64_t even = width / 8 * 8;
   for (int64_t i = at; i < at + rows; i++, x += width) {
-    vec sum = {0}, squares = {0};
-    float mean = 0.0f, spread = 0.0f;
     for (int64_t j = 0; bias && j < width; j++) x[j] += bias[j];
-    for (int64_t j = 0; j < even; j += 8) sum += *(const vec *)(x + j);
-    for (int64_t j = even; j < width; j++) mean += x[j];
-    mean = (mean + sum_of(sum)) / width;
-    for (int64_t j = 0; j < even; j += 8) {
-      const vec off = *(const vec *)(x + j) - mean;
-      *(vec *)(x + j) = off, squares += off * off;
-    }
-    for (int64_t j = even; j < width; j++) {
-      x[j] -= mean;
-      spread += x[j] * x[j];
-    }
-    const float share = 1.0f / sqrtf((spread + sum_of(squares)) / width + (float)own->eps);
+    const float mean = row_sum(width, x) / width;
+    for (int64_t j = 0; j < width; j++) x[j] -= mean;
+    const float share = 1.0f / sqrtf(row_product(width, x, x) / width + (float)own->eps);
     for (int64_t j = 0; j < width; j++) x[j] *= share;
     if (own->share) {
       memcpy(own->standard + i * width, x, width * sizeof *x);
@@ -185,26 +194,14 @@ static void norm_up(const norm *own, int64_t at, int64_t rows, int64_t width, co
 }
 
 /* The way back of dy, in place, the gradients of gamma and beta added to: with g = gamma dy,
-   dz = (g - mean g - x^ mean(g x^)) / sigma, for dz_j/dz_k reads delta_jk - 1/n from the mean and -x^_j x^_k / n from sigma. */
+   dz = (g - mean g - x^ mean(g x^)) / sigma, for dx^_j/dz_k = (delta_jk - 1/n - x^_j x^_k / n) / sigma. */
 static void norm_down(const norm *own, int64_t at, int64_t rows, int64_t width, float *slopes) {
-  const int64_t even = width / 8 * 8;
   for (int64_t i = at; i < at + rows; i++, slopes += width) {
     const float *x = own->standard + i * width, share = own->share[i];
-    vec sum = {0}, along = {0};
-    float mean = 0.0f, slant = 0.0f;
     for (int64_t j = 0; own->scale && j < width; j++) own->scale_gradient[j] += slopes[j] * x[j];
     for (int64_t j = 0; own->shift && j < width; j++) own->shift_gradient[j] += slopes[j];
     for (int64_t j = 0; own->scale && j < width; j++) slopes[j] *= own->scale[j];
-    for (int64_t j = 0; j < even; j += 8) {
-      const vec g = *(const vec *)(slopes + j);
-      sum += g;
-      along += g * *(const vec *)(x + j);
-    }
-    for (int64_t j = even; j < width; j++) {
-      mean += slopes[j];
-      slant += slopes[j] * x[j];
-    }
-    mean = (mean + sum_of(sum)) / width, slant = (slant + sum_of(along)) / width;
+    const float mean = row_sum(width, slopes) / width, slant = row_product(width, slopes, x) / width;
     for (int64_t j = 0; j < width; j++) slopes[j] = (slopes[j] - mean - x[j] * slant) * share;
   }
 }
