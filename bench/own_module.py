@@ -1,4 +1,4 @@
-"""Policies of a user's own modules: one that turns out to be a perceptron, and one that Bridle knows nothing of."""
+"""Policies of a user's own modules: one of tanh, and one of layer norms and SiLU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(observations: ObservationSpec, actions: ActionSpec) -> ActorCritic:
 
 
 class NormedTower(nn.Module):
-    """Another, which is no plain perceptron: layer norms and SiLU."""
+    """Another, with layer norms and SiLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
