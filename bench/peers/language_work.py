@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +29,6 @@ class Work:
     data: str
     """JSON Lines: prompts, demonstrations or pairs"""
     dtype: Dtype = "float32"
-    lr: float = 1e-5
     threads: int = 1
     seed: int = 0
 
@@ -47,6 +47,7 @@ class Work:
 class PPOWork(Work):
     """PPO with a learned critic, four models: actor, critic with a trunk of its own, reference, judge."""
 
+    lr: float = 1e-5
     reward_model: str | None = None
     """folder of a sequence classifier that judges"""
     judge: str | None = None
@@ -83,12 +84,23 @@ class TuningWork(Work):
     """Supervised fine-tuning on ``{"prompt", "answer"}``, or a reward model from ``{"prompt", "better", "worse"}``."""
 
     kind: Literal["sft", "reward"] = "sft"
+    lr: float = 1e-5
     batch: int = 16
     micro_batch: int = 16
     """rows (pairs) of a forward pass, where a side counts in rows"""
     longest: int = 256
     steps: int = 8
     """steps; the first is not counted"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationWork(Work):
+    """Sample an answer to each ``{"ids": […]}`` from the whole distribution at temperature 1."""
+
+    new_tokens: int
+    """tokens of an answer, at most"""
+    stops: list[int]
+    """ids that end an answer; what the model's own configuration says is left aside"""
 
 
 def memory() -> dict[str, float]:
@@ -129,6 +141,25 @@ class Laps:
         row["cpu_seconds"] = sum(value for name, value in row.items() if name.endswith("_cpu"))
         self.rows.append(row)
         return row
+
+
+def serve(
+    sample: Callable[[], int], *packages: str, before: Callable[[], object] = lambda: None, warm: int = 2
+) -> None:
+    """Warm up and say what is used; then, at each line that comes in, sample once more and tell how long it took.
+
+    ``sample`` returns the number of tokens; ``before`` is called each time, off the clock.
+    """
+    for _ in range(warm):
+        before()
+        sample()
+    tell({}, *packages)
+    for _ in sys.stdin:
+        before()
+        wall, cpu = _wall(), time.process_time()
+        tokens = sample()
+        spent = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": _wall() - wall}
+        print(json.dumps({"tokens": tokens, **spent}), flush=True)
 
 
 def tell(answer: dict[str, Any], *packages: str) -> None:
