@@ -321,6 +321,16 @@ def test_runs_lists_every_run_with_its_state(toy: ModuleType, bridle: Bridle, tm
     assert bridle("runs", "runs/b")[1].count("\n") == 2
 
 
+def test_garbage_is_looked_for_again_after_an_import() -> None:
+    shown = "print(gc.isenabled(), gc.get_freeze_count() > 0)"
+    program = f"import gc; from bridle.cli.main import main; main(['train', '--help']); {shown}"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1] == "True True"
+    kept = program.replace("import gc;", "import gc; gc.disable();")
+    told = subprocess.run([sys.executable, "-c", kept], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1] == "False False"  # who has switched it off has his way
+
+
 def test_help_and_version(toy: ModuleType, bridle: Bridle) -> None:
     assert bridle("--version") == (0, f"bridle {__version__}\n", "")
     code, out, _ = bridle("--help")

@@ -109,9 +109,6 @@ INLINE void halves_block(const int high, const int panels, int64_t pairs, const 
                          int64_t apart, float *c, int64_t dc, int64_t columns, int add) {
   __m512 sum[HIGH][2];
   UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-  if (add) /* what is added to comes from far away, and is there when the sums are */
-    for (int i = 0; i < high; i++)
-      for (int j = 0; j < panels; j++) __builtin_prefetch(c + i * dc + 16 * j, 1);
   for (int64_t k = 0; k < pairs; k++, b += 16) {
     const __m512bh left = (__m512bh)_mm512_loadu_si512(b);
     const __m512bh right = (__m512bh)_mm512_loadu_si512(panels == 2 ? b + apart : b);
@@ -159,6 +156,7 @@ INLINE void halves_product(int64_t m, int64_t n, int64_t pairs, const pair *a, i
       high = even ? least(HIGH, m - i) : next_high(m - i);
       const pair *from = a + i * step;
       float *to = c + i * dc + j;
+      if (even) ask_for(high, wide, to, dc);
 #define CALL(h)                                                                                   \
   if (wide == 32) halves_block(h, 2, pairs, from, da, dk, own, 16 * depth, to, dc, columns, add); \
   else if (wide == 16) halves_block(h, 1, pairs, from, da, dk, own, 0, to, dc, columns, add);     \

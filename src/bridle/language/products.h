@@ -19,9 +19,6 @@ INLINE void block(const int high, const int panels, int64_t depth, const float *
   const int parts = panels * PARTS;
   reg sum[HIGH][2];
   UNROLL for (int i = 0; i < high; i++) sum[i][0] = sum[i][1] = (reg){0};
-  if (add) /* what is added to comes from far away, and is there when the sums are */
-    for (int i = 0; i < high; i++)
-      for (int j = 0; j < panels; j++) __builtin_prefetch(c + i * dc + 16 * j, 1);
   for (int64_t k = 0; k < depth; k++, b += 16) {
     const reg left = *(const reg *)b, right = *(const reg *)(PARTS == 2 ? b + LANES : panels == 2 ? b + apart : b);
     UNROLL for (int i = 0; i < high; i++) {
@@ -164,6 +161,12 @@ static void pack_high(int64_t at, int64_t tall, int64_t depth, int64_t m, const 
   }
 }
 
+/* Ask for what a block's sums are to be added to, which lies far away and is here when they are made. */
+INLINE void ask_for(int64_t high, int64_t wide, const float *c, int64_t dc) {
+  for (int64_t i = 0; i < high; i++)
+    for (int64_t j = 0; j < wide; j += 16) __builtin_prefetch(c + i * dc + j, 1);
+}
+
 /* C[m, n] += A B of a whole depth, A packed by pack_high and B into panels. */
 static void deep_product(int64_t m, int64_t n, int64_t depth, const float *a, const float *b, float *c, int64_t dc) {
   for (int64_t j = 0; j < n;) {
@@ -172,6 +175,7 @@ static void deep_product(int64_t m, int64_t n, int64_t depth, const float *a, co
       const int64_t high = least(HIGH, m - i);
       const float *from = a + i * depth;
       float *to = c + i * dc + j;
+      ask_for(high, wide, to, dc);
       if (wide == 32) panel(PANELS, high, depth, from, 1, HIGH, b, 16 * depth, to, dc, least(left, 32), 1);
       else if (wide == 16) panel(1, high, depth, from, 1, HIGH, b, 0, to, dc, least(left, 16), 1);
       else narrow_panel(high, depth, from, 1, HIGH, b, to, dc, left, 1);
