@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -49,6 +51,36 @@ def test_a_room_is_used_again_when_its_last_view_is_gone() -> None:
         assert at(room(60)) not in (place, at(other))
         del storage
         assert at(room(60)) == place
+
+
+def test_threads_that_ask_at_once_get_rooms_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is held up between finding a free room and taking it; the other must not find the same."""
+    found, waits, free = threading.Event(), [], rooms._free
+
+    def slowly(numbers: int) -> Any:
+        array = free(numbers)
+        waits.append(found.is_set())
+        if not found.is_set():
+            found.set()
+            threading.Event().wait(0.05)  # as a thread that the system puts aside
+        return array
+
+    with training():
+        held = [room(60), room(60)]
+        del held
+        monkeypatch.setattr(rooms, "_free", slowly)
+        with ThreadPoolExecutor(2) as pool:
+            one, other = pool.map(lambda _: room(60), range(2))
+        assert waits == [False, True]
+        assert at(one) != at(other)
+        del one, other
+
+
+def test_a_pass_forth_alone_makes_no_gradient(compiled: object) -> None:
+    _, model = quick("llama")
+    with training():
+        hidden_at(model.base_model, IDS, ROWS, COLUMNS)
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_what_a_graph_keeps_is_nobody_elses() -> None:

@@ -20,7 +20,7 @@ from bridle.language import decoding, layers
 from bridle.language.decoding import Stack, StackWeights
 from bridle.language.layers import decoder_stack, norm_at
 from bridle.language.quickening import FAILURES, TOLERANCE, forward_of, is_quick, quick_parts
-from bridle.language.rooms import gradient_of, is_training
+from bridle.language.rooms import gradient_of, takes_directly
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _compiled(
 def _embedded(embed: Any, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
     """Embed tokens; in training, where PyTorch would make a gradient of the whole vocabulary, that of these tokens is added."""
     plain = type(embed) is nn.Embedding and embed.max_norm is None and not (embed.sparse or embed.scale_grad_by_freq)
-    if not (plain and is_training() and torch.is_grad_enabled()) or gradient_of(embed.weight) is None:
+    if not (plain and torch.is_grad_enabled() and takes_directly(embed.weight)):
         return cast("Tensor", embed(input_ids))
     return cast("Tensor", _Embedded.apply(embed.weight, input_ids, embed.padding_idx))  # type: ignore[no-untyped-call]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bridle.guards import is_plain
 
-__all__ = ["gradient_of", "is_training", "room", "training"]
+__all__ = ["gradient_of", "is_training", "room", "takes_directly", "training"]
 
 _LEAST = 16 * 1024
 """Numbers; smaller rooms are PyTorch's to give."""
@@ -37,6 +38,7 @@ class _Kept:
 
 
 _kept = _Kept()
+_taking = threading.Lock()
 
 
 @contextmanager
@@ -64,26 +66,36 @@ def room(*shape: int) -> Float[Tensor, ...]:
     numbers = math.prod(shape)
     if not _kept.blocks or numbers < _LEAST:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
-    found = _free(numbers)
-    if found is None:
-        found = torch.empty(numbers, dtype=torch.float32, device="cpu").numpy()
-        _kept.arrays.append(found)
-    return torch.from_numpy(found)[:numbers].view(shape)
+    with _taking:  # the parts of a pass ask at once, and a room is held from when a tensor is made of it
+        found = _free(numbers)
+        if found is None:
+            found = torch.empty(numbers, dtype=torch.float32, device="cpu").numpy()
+            _kept.arrays.append(found)
+        return torch.from_numpy(found)[:numbers].view(shape)
 
 
 def gradient_of(weight: Tensor) -> Tensor | None:
     """Return the gradient of a weight, 0 where it has none yet, for compiled code to add to; None where autograd has to.
 
-    Autograd has to outside :func:`training`, where the weight is computed of others, and where somebody is called when its
-    gradient is there.
+    Autograd has to where the weight :func:`takes_directly` no gradient.
     """
-    if not _kept.blocks or not weight.requires_grad or not (weight.is_leaf and is_plain(weight)):
-        return None
-    if weight._backward_hooks or weight._post_accumulate_grad_hooks or not weight.is_contiguous():
+    if not takes_directly(weight):
         return None
     if weight.grad is None:
         weight.grad = room(*weight.shape).zero_()
-    return weight.grad if is_plain(weight.grad) and weight.grad.is_contiguous() else None
+    return weight.grad
+
+
+def takes_directly(weight: Tensor) -> bool:
+    """Whether compiled code may add to a weight's gradient, which need not be there yet.
+
+    It may not outside :func:`training`, where the weight is computed of others, and where it has hooks.
+    """
+    if not _kept.blocks or not weight.requires_grad or not (weight.is_leaf and is_plain(weight)):
+        return False
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks or not weight.is_contiguous():
+        return False
+    return weight.grad is None or (is_plain(weight.grad) and weight.grad.is_contiguous())
 
 
 def _free(numbers: int) -> Any:
