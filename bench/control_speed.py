@@ -85,6 +85,8 @@ PARTS = {
     ),
     "own-module": Part(load=replace(CARTPOLE64, network="own"), sides=("bridle", "bridle-sync", "sb3")),
     "own-normed-module": Part(load=replace(CARTPOLE64, network="own-normed"), sides=("bridle", "bridle-sync", "sb3")),
+    "own-plain-module": Part(load=replace(CARTPOLE64, network="own-plain"), sides=("bridle", "bridle-sync", "sb3")),
+    "own-trunk-module": Part(load=replace(CARTPOLE64, network="own-trunk"), sides=("bridle", "bridle-sync", "sb3")),
     "halfcheetah8": Part(load=HALFCHEETAH8, sides=("bridle", "sb3", "tianshou", "agilerl")),
     "atari": Part(load=ATARI, sides=("bridle", "bridle-sync", "sb3")),
     "cartpole64-two-threads": Part(load=replace(CARTPOLE64, threads=2), sides=("bridle", "sb3")),

@@ -28,7 +28,12 @@ IMPORTS = time.perf_counter() - BEFORE
 
 def config_of(load: Workload, folder: Path, rollouts: int, *, sync: bool) -> ControlConfig:
     """What the peers are told, in Bridle's words: its value loss is ½ (V − R)²."""
-    factories = {"own": "own_module:build", "own-normed": "own_module:build_normed"}
+    factories = {
+        "own": "own_module:build",
+        "own-normed": "own_module:build_normed",
+        "own-plain": "own_module:build_plain",
+        "own-trunk": "own_module:build_trunk",
+    }
     return ControlConfig(
         env=load.env,
         total_steps=rollouts * load.rollout,

@@ -16,6 +16,7 @@ from stable_baselines3 import PPO  # noqa: E402
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env  # noqa: E402
 from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor  # noqa: E402
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack  # noqa: E402
 from torch import nn  # noqa: E402
 from workload import Watch, Workload, tell  # noqa: E402
@@ -50,12 +51,26 @@ class NormedTower(nn.Module):
         return x
 
 
+class ResidualTower(nn.Module):
+    """A third, with a residual sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 64)
+        self.norm = nn.LayerNorm(64)
+        self.second = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.silu(self.first(x))
+        return x + nn.functional.silu(self.second(self.norm(x)))
+
+
 class Towers(nn.Module):
     """Two of them, in the place where SB3 asks for a custom network."""
 
     latent_dim_pi = latent_dim_vf = 64
 
-    def __init__(self, width: int, kind: type[Tower] | type[NormedTower]) -> None:
+    def __init__(self, width: int, kind: type[Tower | NormedTower | ResidualTower]) -> None:
         super().__init__()
         self.actor, self.critic = kind(width), kind(width)
 
@@ -77,6 +92,22 @@ class OwnPolicy(ActorCriticPolicy):
 class OwnNormedPolicy(ActorCriticPolicy):
     def _build_mlp_extractor(self) -> None:
         self.mlp_extractor = Towers(self.features_dim, NormedTower)
+
+
+class OwnPlainPolicy(ActorCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = Towers(self.features_dim, ResidualTower)
+
+
+class Trunk(BaseFeaturesExtractor):
+    """What actor and critic both read."""
+
+    def __init__(self, space: gymnasium.spaces.Box) -> None:
+        super().__init__(space, 128)
+        self.layers = nn.Sequential(nn.Linear(space.shape[0], 128), nn.SiLU(), nn.LayerNorm(128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
 
 
 class Follow(BaseCallback):
@@ -103,10 +134,13 @@ def world(load: Workload) -> VecEnv:
 
 
 def learner(load: Workload) -> PPO:
-    shape: dict[str, Any] = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}} if load.network == "mlp" else {}
-    policy = {"mlp": "MlpPolicy", "own": OwnPolicy, "own-normed": OwnNormedPolicy, "nature": "CnnPolicy"}[load.network]
+    shapes: dict[str, dict[str, Any]] = {
+        "mlp": {"net_arch": {"pi": [64, 64], "vf": [64, 64]}},
+        "own-trunk": {"features_extractor_class": Trunk, "net_arch": []},
+    }
+    own = {"own": OwnPolicy, "own-normed": OwnNormedPolicy, "own-plain": OwnPlainPolicy}
     return PPO(
-        policy,
+        own.get(load.network, "CnnPolicy" if load.network == "nature" else "MlpPolicy"),
         world(load),
         n_steps=load.n_steps,
         batch_size=load.minibatch,
@@ -118,7 +152,7 @@ def learner(load: Workload) -> PPO:
         ent_coef=load.entropy,
         vf_coef=load.value,
         max_grad_norm=load.max_grad_norm,
-        policy_kwargs=shape,
+        policy_kwargs=shapes.get(load.network, {}),
         seed=load.seed,
         device="cpu",
     )

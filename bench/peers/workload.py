@@ -34,8 +34,9 @@ class Workload:
     value: float = 0.5
     """coefficient of the mean (V − R)², all told"""
     max_grad_norm: float = 0.5
-    network: Literal["mlp", "own", "own-normed", "nature"] = "mlp"
-    """two 2×64 tanh networks, by the library or as a user's own modules; these with layer norms and SiLU; or one Nature CNN"""
+    network: Literal["mlp", "own", "own-normed", "own-plain", "own-trunk", "nature"] = "mlp"
+    """two 2×64 tanh networks, by the library or as a user's own modules; these with layer norms and SiLU, or with a residual
+    sum; heads on one trunk of 128; or one Nature CNN"""
     rollouts: int = 60
     warmup: int = 2
     """rollouts of an earlier training in the same process, not counted"""
