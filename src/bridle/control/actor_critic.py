@@ -10,15 +10,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bridle.batch import Evaluation
+from bridle.control.descending import descend_by_autograd
 from bridle.control.distributions import Distribution
-from bridle.control.heads import squashed
+from bridle.control.heads import CategoricalHead, GaussianHead, by_hand, squashed
 from bridle.control.observations import Observations
 from bridle.control.policy import Acted, ControlPolicy, Transitions
+from bridle.guards import is_observed, is_watched
+from bridle.learn.descent import ClippedTerms, Descended, Descends
+from bridle.learn.minibatches import Minibatches
+from bridle.learn.optim import FlatAdam
 
 __all__ = ["ActorCritic", "ImageActorCritic"]
 
 
-class ActorCritic(ControlPolicy):
+class ActorCritic(ControlPolicy, Descends):
     """A memoryless policy made of any modules.
 
     ``trunk`` (or, without one, ``actor`` and ``critic``) is given the vector [n, D] where the observations hold no images, and
@@ -44,6 +49,22 @@ class ActorCritic(ControlPolicy):
             entropy=distribution.entropy(),
             value=self.critic(features).squeeze(-1),
         )
+
+    def descend(self, units: Transitions, parts: Minibatches, terms: ClippedTerms, adam: FlatAdam) -> Descended | None:
+        """Take steps with autograd for the modules, and compiled code for the rest; see :class:`bridle.learn.descent.Descends`.
+
+        None where :meth:`forward` or the head is another one, actions are masked, or somebody looks on at either.
+        """
+        known = type(self).forward is ActorCritic.forward and type(self.head) in (CategoricalHead, GaussianHead)
+        watched = is_observed() or is_watched(self) or is_watched(self.head)
+        if not known or watched or not by_hand(self.head) or units.observations.mask is not None:
+            return None
+        return descend_by_autograd(self._answers, units, parts, self.head._parameters.get("log_std"), terms, adam)
+
+    def _answers(self, observations: Observations) -> tuple[Float[Tensor, "n A"], Float[Tensor, "n 1"]]:
+        """Return outputs of actor and critic in n states."""
+        features = self.trunk(observations.inputs)
+        return self.actor(features), self.critic(features)
 
     def distribution(self, observations: Observations, state: Tensor | None) -> tuple[Distribution, Tensor | None]:
         """π(· | s) for n states."""

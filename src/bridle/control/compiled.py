@@ -54,6 +54,8 @@ def load(place: Path) -> Any:
         "normal_forward": (None, [count, count, *[at] * 5]),
         "normal_backward": (None, [count, count, *[at] * 6]),
         "clipped_descent": (count, [net, net, at]),
+        "clipped_slopes": (count, [at, count, count, count, *[at] * 4]),
+        "descent_step": (count, [at, count]),
     }
     return load_library(place, _SOURCE, functions, "perceptron_source")
 

@@ -1,25 +1,30 @@
-"""Steps of PPO on a small agent in one compiled call: all minibatches there and back, and AdamW after each.
+"""Steps of PPO on a small agent in one compiled call, all minibatches there and back and AdamW after each; and steps on any
+modules, which autograd runs there and back, with compiled code for the rest.
 
-The oracle is the general path, step by step: :func:`bridle.learn.step.accumulate` and
+The oracle of both is the general path, step by step: :func:`bridle.learn.step.accumulate` and
 :meth:`bridle.learn.optim.Optimiser.step`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bridle.control import compiled
 from bridle.control.laying import LaidNet, point_at
+from bridle.control.observations import Observations
 from bridle.control.policy import Transitions
+from bridle.guards import is_plain
 from bridle.learn.descent import ClippedTerms, Descended
 from bridle.learn.minibatches import Minibatches
 from bridle.learn.optim import FlatAdam
 from bridle.learn.step import Minibatch, Seen
 
-__all__ = ["Descending"]
+__all__ = ["Descending", "descend_by_autograd"]
 
 _ROWS = 96
 """States at a time, as in small.c."""
@@ -75,54 +80,129 @@ class Descending:
         for own, net, gradients in zip(self._nets, self.stack.nets, self.stack.gradients, strict=True):
             point_at(own, net, gradients)
         lengths = torch.tensor(parts.lengths)
-        answers, norms = vector.new_empty(3, len(whole.actions)), vector.new_empty(len(parts))
-        at = {name: getattr(whole, name).data_ptr() for name in ("old_logp", "advantages", "returns")}
-        at |= {name: row.data_ptr() for name, row in zip(("logp", "entropies", "values"), answers, strict=True)}
-        at |= {name: getattr(adam, name).data_ptr() for name in ("weights", "gradient", "m", "v")}
+        task, answers, norms = _task(parts, actions, log_std, terms, adam)
+        task.minibatches, task.lengths = len(parts), lengths.data_ptr()
+        task.vector, task.work = vector.data_ptr(), self._work.data_ptr()
         if log_std is not None:
             if log_std.grad is None:
                 log_std.grad = torch.zeros_like(log_std)
-            at |= {"log_std": log_std.data_ptr(), "log_std_gradient": log_std.grad.data_ptr()}
-        task = _Descent(
-            states=len(actions),
-            gaussian=log_std is not None,
-            minibatches=len(parts),
-            numbers=len(adam.weights),
-            decayed=adam.decayed,
-            taken=adam.taken,
-            vector=vector.data_ptr(),
-            actions=actions.data_ptr(),
-            order=whole.actions.data_ptr(),
-            lengths=lengths.data_ptr(),
-            shares=whole.weights.data_ptr(),
-            low=terms.low,
-            high=terms.high,
-            value=terms.value,
-            entropy=terms.entropy,
-            lr=adam.lr,
-            beta1=adam.beta1,
-            beta2=adam.beta2,
-            eps=adam.eps,
-            decay=adam.weight_decay,
-            limit=adam.max_grad_norm or 0.0,
-            norms=norms.data_ptr(),
-            work=self._work.data_ptr(),
-            **at,
-        )
+            task.log_std_gradient = log_std.grad.data_ptr()
         taken = compiled.library.clipped_descent(*map(ctypes.byref, self._nets), ctypes.byref(task))
-        logp, entropy, value = answers.unbind()
-        return Descended(seen=Seen(logp=logp, entropy=entropy, value=value), norms=norms[:taken].tolist())
+        return Descended(seen=_seen(answers), norms=norms[:taken].tolist())
 
     def _reads(self, whole: Minibatch, vector: Tensor, actions: Tensor, *, gaussian: bool) -> bool:
         """Whether all of it lies as compiled code reads it."""
-        K, N = len(whole.actions), len(actions)
-        columns = (whole.old_logp, whole.advantages, whole.returns, whole.weights)
-        return (
-            all(_lies(column, torch.float32, (K,)) for column in columns)
-            and _lies(whole.actions, torch.int64, (K,))
-            and _lies(vector, torch.float32, (N, self._inputs))
-            and _lies(actions, torch.float32 if gaussian else torch.int64, (N, self._outputs) if gaussian else (N,))
-        )
+        known = _lies(vector, torch.float32, (len(actions), self._inputs))
+        return known and _readable(whole, actions, self._outputs if gaussian else None)
+
+
+def descend_by_autograd(
+    answer: Callable[[Observations], tuple[Tensor, Tensor]],
+    units: Transitions,
+    parts: Minibatches,
+    log_std: Tensor | None,
+    terms: ClippedTerms,
+    adam: FlatAdam,
+) -> Descended | None:
+    """Take steps on modules that autograd runs there and back; see :meth:`bridle.learn.descent.Descends.descend`.
+
+    It stops before a step whose answers are not finite, too, or not of the shape and kind that compiled code reads, and
+    where somebody has put a gradient of their own beside the optimiser's.
+
+    Args:
+        answer: outputs [n, A] of the actor and values [n, 1] in n states, with their graph.
+        units: states, and int64 actions [N], or float32 ones [N, A] with ``log_std``.
+        parts: the minibatches.
+        log_std: [A] of Gaussian actions.
+        terms: the loss.
+        adam: the optimiser.
+    """
+    whole, actions = parts.whole, units.actions
+    width = None if log_std is None else len(log_std)
+    held = all(_lies(own, torch.float32, own.shape) for own in (adam.weights, log_std) if own is not None)
+    if compiled.library is None or not held or not _readable(whole, actions, width):
+        return None
+    task, answers, norms = _task(parts, actions, log_std, terms, adam)
+    there, begun, taken = ctypes.byref(task), 0, 0
+    work: Tensor | None = None
+    for part, n in zip(parts.parts, parts.lengths, strict=True):
+        outputs, values = answer(units.observations.select(part.actions))
+        width = outputs.shape[-1] if width is None else width
+        if not (_answered(outputs, n, width) and _answered(values, n, 1)):
+            break
+        if work is None:
+            work = outputs.new_empty(5 * _ROWS * width)
+            task.work = work.data_ptr()
+        told = [outputs.detach().contiguous(), values.detach().contiguous()]
+        slopes = [outputs.new_empty(n, width), values.new_empty(n, 1)]
+        if log_std is not None:
+            slopes.append(torch.zeros_like(log_std))
+            task.log_std_gradient = slopes[-1].data_ptr()
+        where = [tensor.data_ptr() for tensor in (*told, *slopes[:2])]
+        if not compiled.library.clipped_slopes(there, width, begun, n, *where):
+            break
+        answered = (outputs, values) if log_std is None else (outputs, values, log_std)
+        pulled = [(one, slope) for one, slope in zip(answered, slopes, strict=True) if one.requires_grad]
+        if pulled:
+            torch.autograd.backward([one for one, _ in pulled], [slope for _, slope in pulled])
+        if not (adam.untouched() and compiled.library.descent_step(there, taken)):
+            break
+        begun, taken = begun + n, taken + 1
+    return Descended(seen=_seen(answers), norms=norms[:taken].tolist())
+
+
+def _task(
+    parts: Minibatches, actions: Tensor, log_std: Tensor | None, terms: ClippedTerms, adam: FlatAdam
+) -> tuple[_Descent, Float[Tensor, "3 K"], Float[Tensor, " S"]]:
+    """Describe steps, less the states and where to work; return what is written to, too: answers, and norms of gradients."""
+    whole = parts.whole
+    answers, norms = adam.weights.new_empty(3, len(whole.actions)), adam.weights.new_empty(len(parts))
+    at = {name: getattr(whole, name).data_ptr() for name in ("old_logp", "advantages", "returns")}
+    at |= {name: row.data_ptr() for name, row in zip(("logp", "entropies", "values"), answers, strict=True)}
+    at |= {name: getattr(adam, name).data_ptr() for name in ("weights", "gradient", "m", "v")}
+    task = _Descent(
+        states=len(actions),
+        gaussian=log_std is not None,
+        numbers=len(adam.weights),
+        decayed=adam.decayed,
+        taken=adam.taken,
+        actions=actions.data_ptr(),
+        order=whole.actions.data_ptr(),
+        shares=whole.weights.data_ptr(),
+        low=terms.low,
+        high=terms.high,
+        value=terms.value,
+        entropy=terms.entropy,
+        log_std=None if log_std is None else log_std.data_ptr(),
+        lr=adam.lr,
+        beta1=adam.beta1,
+        beta2=adam.beta2,
+        eps=adam.eps,
+        decay=adam.weight_decay,
+        limit=adam.max_grad_norm or 0.0,
+        norms=norms.data_ptr(),
+        **at,
+    )
+    return task, answers, norms
+
+
+def _seen(answers: Float[Tensor, "3 K"]) -> Seen:
+    logp, entropy, value = answers.unbind()
+    return Seen(logp=logp, entropy=entropy, value=value)
+
+
+def _readable(whole: Minibatch, actions: Tensor, coordinates: int | None) -> bool:
+    """Whether minibatches, and actions that are discrete without ``coordinates``, lie as compiled code reads them."""
+    K, N = len(whole.actions), len(actions)
+    columns = (whole.old_logp, whole.advantages, whole.returns, whole.weights)
+    drawn = (
+        _lies(actions, torch.int64, (N,)) if coordinates is None else _lies(actions, torch.float32, (N, coordinates))
+    )
+    return drawn and _lies(whole.actions, torch.int64, (K,)) and all(_lies(c, torch.float32, (K,)) for c in columns)
+
+
+def _answered(answers: Tensor, n: int, width: int) -> bool:
+    return is_plain(answers) and answers.shape == (n, width)
 
 
 def _lies(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:

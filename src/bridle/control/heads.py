@@ -18,7 +18,7 @@ from bridle.control.distributions import (
     SquashedGaussian,
 )
 
-__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "MultiCategoricalHead", "squashed"]
+__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "MultiCategoricalHead", "by_hand", "squashed"]
 
 
 class CategoricalHead(nn.Module):
@@ -79,3 +79,9 @@ class GaussianHead(nn.Module):
 def squashed(head: nn.Module, actions: NDArray[Any]) -> NDArray[Any]:
     """Return what is played of the actions of ``head``."""
     return np.tanh(actions) if isinstance(head, GaussianHead) and head.squash else actions
+
+
+def by_hand(head: nn.Module) -> bool:
+    """Whether actions of this head can be taken and differentiated by hand: discrete ones, or a plain Gaussian's."""
+    gaussian = isinstance(head, GaussianHead) and head.log_std is not None and not head.squash
+    return gaussian or isinstance(head, CategoricalHead)

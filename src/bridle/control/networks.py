@@ -11,12 +11,12 @@ from typing import Literal
 from torch import nn
 
 from bridle.control.actor_critic import ActorCritic, ImageActorCritic
-from bridle.control.heads import BernoulliHead, CategoricalHead, GaussianHead, MultiCategoricalHead
+from bridle.control.heads import BernoulliHead, CategoricalHead, GaussianHead, MultiCategoricalHead, by_hand
 from bridle.control.images import NATURE_WIDTH, ImageEncoder
 from bridle.control.own import quickened
 from bridle.control.policy import ControlPolicy
 from bridle.control.recurrent import RecurrentActorCritic
-from bridle.control.small import SmallActorCritic, by_hand
+from bridle.control.small import SmallActorCritic
 from bridle.control.spaces import (
     ActionSpec,
     BoxActions,

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from bridle.control.actor_critic import ActorCritic
-from bridle.control.heads import CategoricalHead, GaussianHead
+from bridle.control.heads import CategoricalHead, GaussianHead, by_hand
 from bridle.control.observations import Observations
 from bridle.control.policy import Acting, ControlPolicy
 from bridle.control.reading import Reading, can_be_read, read
-from bridle.control.small import SmallActorCritic, by_hand
+from bridle.control.small import SmallActorCritic
 from bridle.guards import has_followed_slopes, is_watched
 
 __all__ = ["OwnPerceptrons", "quickened"]

@@ -384,50 +384,66 @@ INLINE void surrogate_slopes(int64_t n, const descent *task, int64_t at, float *
   }
 }
 
+/* Note what was done in `rows` states, from number `at` of the order on. Returns whether there are all those states. */
+INLINE int take_actions(const descent *task, int64_t at, int64_t rows, int64_t size, int64_t *chosen, float *drawn) {
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t which = task->order[at + i];
+    if (which < 0 || which >= task->states) return 0;
+    if (task->gaussian) memcpy(drawn + i * size, (const float *)task->actions + which * size, size * sizeof *drawn);
+    else chosen[i] = ((const int64_t *)task->actions)[which];
+  }
+  return 1;
+}
+
+/* What the actor's outputs [size, rows] come to, where values are known: the answers, and the loss's slopes [size, rows] and
+   [rows] with respect to outputs and values. There is `room` for 2 size rows numbers. Returns whether there are all those actions. */
+INLINE int find_slopes(const descent *task, int64_t at, int64_t rows, int64_t size, const float *outputs, const int64_t *chosen,
+                       const float *drawn, float *room, float *slopes, float *to_value) {
+  float *first = room, *second = first + ROWS * size, to_logp[ROWS], to_entropy[ROWS];
+  if (task->gaussian) {
+    float still = 0.0f; /* entropy of a Gaussian, the same in all states */
+    for (int64_t a = 0; a < size; a++) still += task->log_std[a] + HALF_LOG_TAU + 0.5f;
+    normal_up(rows, size, outputs, drawn, task->log_std, first, task->logp + at);
+    for (int64_t i = 0; i < rows; i++) task->entropies[at + i] = still;
+  } else if (softmax_up(rows, size, outputs, chosen, first, second, task->logp + at, task->entropies + at)) {
+    return 0;
+  }
+  surrogate_slopes(rows, task, at, to_logp);
+  const float entropy = (float)task->entropy, value = (float)task->value;
+  for (int64_t i = 0; i < rows; i++) {
+    to_entropy[i] = -entropy * task->shares[at + i];
+    to_value[i] = value * (task->values[at + i] - task->returns[at + i]) * task->shares[at + i];
+  }
+  const float *bonus = entropy != 0.0f ? to_entropy : 0;
+  if (task->gaussian)
+    normal_down(rows, size, first, task->log_std, to_logp, bonus, slopes, task->log_std_gradient);
+  else
+    softmax_down(rows, size, chosen, first, second, task->entropies + at, to_logp, bonus, slopes);
+  return 1;
+}
+
 /* Add the gradient of one minibatch, which begins at `from`: ROWS states at a time there and back, whose layers the nets
    keep. Returns whether there are all those states and actions. */
 INLINE int add_gradient(const perceptron *actor, const perceptron *critic, const descent *task, int64_t from, int64_t n) {
   const room mine = room_of(actor), theirs = room_of(critic);
   const int64_t width = actor->inputs, size = actor->layer[actor->layers - 1].width;
-  float *x = task->work, *first = x + ROWS * width, *second = first + ROWS * size, *slopes = second + ROWS * size;
-  float *drawn = slopes + ROWS * size, to_logp[ROWS], to_entropy[ROWS], to_value[ROWS];
+  float *x = task->work, *kept = x + ROWS * width, *slopes = kept + 2 * ROWS * size, *drawn = slopes + ROWS * size;
+  float to_value[ROWS];
   int64_t chosen[ROWS];
   const float *weights[LAYERS], *others[LAYERS];
   perceptron choosing = *actor, valuing = *critic;
-  float still = 0.0f; /* entropy of a Gaussian, the same in all states */
-  for (int64_t a = 0; task->gaussian && a < size; a++) still += task->log_std[a] + HALF_LOG_TAU + 0.5f;
   turn(actor, mine.turned, weights);
   turn(critic, theirs.turned, others);
   for (int64_t at = from; at < from + n; at += ROWS) {
     const int64_t rows = from + n - at < ROWS ? from + n - at : ROWS;
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t which = task->order[at + i];
-      if (which < 0 || which >= task->states) return 0;
-      memcpy(x + i * width, task->vector + which * width, width * sizeof *x);
-      if (task->gaussian) memcpy(drawn + i * size, (const float *)task->actions + which * size, size * sizeof *drawn);
-      else chosen[i] = ((const int64_t *)task->actions)[which];
-    }
+    if (!take_actions(task, at, rows, size, chosen, drawn)) return 0;
+    for (int64_t i = 0; i < rows; i++)
+      memcpy(x + i * width, task->vector + task->order[at + i] * width, width * sizeof *x);
     choosing.across = valuing.across = rows, choosing.along = valuing.along = 1;
     valuing.out = task->values + at;
     up(&choosing, weights, 0, rows, x, mine.pad);
     up(&valuing, others, 0, rows, x, theirs.pad);
-    if (task->gaussian) {
-      normal_up(rows, size, choosing.out, drawn, task->log_std, first, task->logp + at);
-      for (int64_t i = 0; i < rows; i++) task->entropies[at + i] = still;
-    } else if (softmax_up(rows, size, choosing.out, chosen, first, second, task->logp + at, task->entropies + at)) {
-      return 0;
-    }
-    surrogate_slopes(rows, task, at, to_logp);
-    const float entropy = (float)task->entropy, value = (float)task->value;
-    for (int64_t i = 0; i < rows; i++) {
-      to_entropy[i] = -entropy * task->shares[at + i];
-      to_value[i] = value * (task->values[at + i] - task->returns[at + i]) * task->shares[at + i];
-    }
-    const float *bonus = entropy != 0.0f ? to_entropy : 0;
-    if (task->gaussian)
-      normal_down(rows, size, first, task->log_std, to_logp, bonus, slopes, task->log_std_gradient);
-    else
-      softmax_down(rows, size, chosen, first, second, task->entropies + at, to_logp, bonus, slopes);
+    if (!find_slopes(task, at, rows, size, choosing.out, chosen, drawn, kept, slopes, to_value)) return 0;
     down(&choosing, 0, rows, x, slopes, rows, &mine);
     down(&valuing, 0, rows, x, to_value, rows, &theirs);
   }
@@ -465,16 +481,49 @@ INLINE void adam_step(const descent *task, int64_t step, float share) {
   }
 }
 
+/* Step number s, from 0, on the gradient that is there. Returns whether that is finite; nothing is moved if it is not. */
+INLINE int step_on(const descent *task, int64_t s) {
+  const float norm = task->norms[s] = norm_of(task->numbers, task->gradient);
+  if (!isfinite(norm)) return 0;
+  const int longer = task->limit > 0.0 && norm > task->limit;
+  adam_step(task, task->taken + s + 1, longer ? (float)(task->limit / (norm + 1e-6)) : 1.0f);
+  return 1;
+}
+
 /* Returns how many steps were taken, which is fewer than S where the next minibatch names what there is not, or its
    gradient is not finite; nothing was moved by that one. */
 EXPORT int64_t clipped_descent(const perceptron *actor, const perceptron *critic, const descent *task) {
   int64_t from = 0;
-  for (int64_t s = 0; s < task->minibatches; from += task->lengths[s++]) {
-    if (!add_gradient(actor, critic, task, from, task->lengths[s])) return s;
-    const float norm = task->norms[s] = norm_of(task->numbers, task->gradient);
-    if (!isfinite(norm)) return s;
-    const int longer = task->limit > 0.0 && norm > task->limit;
-    adam_step(task, task->taken + s + 1, longer ? (float)(task->limit / (norm + 1e-6)) : 1.0f);
-  }
+  for (int64_t s = 0; s < task->minibatches; from += task->lengths[s++])
+    if (!add_gradient(actor, critic, task, from, task->lengths[s]) || !step_on(task, s)) return s;
   return task->minibatches;
 }
+
+/* The same in two halves, for nets that somebody else runs there and back; `work` holds 5 ROWS outputs numbers then.
+
+   The first: what outputs [n, size] and values [n] of the n states from `from` on come to, and the loss's slopes with
+   respect to them. Returns whether there are all those actions and every answer is finite. */
+EXPORT int64_t clipped_slopes(const descent *task, int64_t size, int64_t from, int64_t n, const float *outputs,
+                              const float *values, float *to_outputs, float *to_values) {
+  float *across = task->work, *kept = across + ROWS * size, *slopes = kept + 2 * ROWS * size, *drawn = slopes + ROWS * size;
+  int64_t chosen[ROWS];
+  float sum = 0.0f; /* of zeros, unless an answer is not finite */
+  for (int64_t done = 0; done < n; done += ROWS) {
+    const int64_t rows = n - done < ROWS ? n - done : ROWS, at = from + done;
+    const float *own = outputs + done * size;
+    float *back = to_outputs + done * size;
+    if (!take_actions(task, at, rows, size, chosen, drawn)) return 0;
+    memcpy(task->values + at, values + done, rows * sizeof *values);
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t a = 0; a < size; a++) across[a * rows + i] = own[i * size + a];
+    if (!find_slopes(task, at, rows, size, across, chosen, drawn, kept, slopes, to_values + done)) return 0;
+    for (int64_t i = 0; i < rows; i++) {
+      for (int64_t a = 0; a < size; a++) back[i * size + a] = slopes[a * rows + i];
+      sum += 0.0f * task->logp[at + i] + 0.0f * task->entropies[at + i] + 0.0f * values[done + i];
+    }
+  }
+  return sum == 0.0f;
+}
+
+/* The second: a step on the gradient that has come of it. Returns whether it was taken. */
+EXPORT int64_t descent_step(const descent *task, int64_t s) { return step_on(task, s); }

@@ -20,22 +20,21 @@ from bridle.control.acting import Choosing, Drawing
 from bridle.control.actor_critic import ActorCritic
 from bridle.control.descending import Descending
 from bridle.control.forms import Activation, Form, Place, places_of, plain
-from bridle.control.heads import CategoricalHead, GaussianHead
 from bridle.control.observations import Observations
 from bridle.control.perceptrons import Perceptrons
 from bridle.control.policy import Acted, Acting, Transitions
-from bridle.learn.descent import ClippedTerms, Descended, Descends
+from bridle.learn.descent import ClippedTerms, Descended
 from bridle.learn.minibatches import Minibatches
 from bridle.learn.optim import FlatAdam
 from bridle.learn.step import HandDifferentiated, Pullback, Seen, Slopes, plain_vjp
 
-__all__ = ["SmallActorCritic", "by_hand"]
+__all__ = ["SmallActorCritic"]
 
 _BLOCK = 512
 """States valued at once, so that their layers stay in a cache."""
 
 
-class SmallActorCritic(ActorCritic, HandDifferentiated, Descends):
+class SmallActorCritic(ActorCritic, HandDifferentiated):
     """An actor and a critic, perceptrons of their own over a vector, for discrete or Gaussian actions.
 
     What it cannot do by hand (another device, action masks, frozen weights, a second derivative) it does as
@@ -51,7 +50,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated, Descends):
         activation: Activation,
     ) -> None:
         """Take perceptrons of the same hidden layers, one at least, each followed by ``activation``; and a head that
-        :func:`by_hand` is true of.
+        :func:`~bridle.control.heads.by_hand` is true of.
         """
         super().__init__(actor=actor, critic=critic, head=head)
         places = [places_of(cast(nn.Sequential, net)) for net in (actor, critic)]
@@ -100,7 +99,7 @@ class SmallActorCritic(ActorCritic, HandDifferentiated, Descends):
         learn = self._nets.learn and (log_std is None or log_std.requires_grad)
         stack = self._nets.stack() if learn and self._by_hand(units.observations) else None
         if stack is None:
-            return None
+            return super().descend(units, parts, terms, adam)
         if self._descending is None or self._descending.stack is not stack:
             self._descending = Descending(stack)
         return self._descending.steps(units, parts, log_std, terms, adam)
@@ -170,9 +169,3 @@ def _drawn(p: NDArray[np.float32], draws: np.random.Generator) -> Int[Tensor, " 
     total = cumulative[-1]
     below = np.minimum(draws.random(total.shape) * total, np.nextafter(total, np.float32(0)))
     return torch.from_numpy((cumulative <= below).sum(axis=0))
-
-
-def by_hand(head: nn.Module) -> bool:
-    """Whether actions of this head can be taken and differentiated by hand: discrete ones, or a plain Gaussian's."""
-    gaussian = isinstance(head, GaussianHead) and head.log_std is not None and not head.squash
-    return gaussian or isinstance(head, CategoricalHead)

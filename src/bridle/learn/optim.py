@@ -116,6 +116,8 @@ class FlatAdam:
     """Decoupled weight decay."""
     max_grad_norm: float | None
     """The gradient is scaled down to this L2 norm if longer."""
+    untouched: Callable[[], bool]
+    """Whether nobody has put a gradient of their own beside these."""
 
 
 class _Separate:
@@ -320,6 +322,7 @@ class _Flat:
             eps=s.eps,
             weight_decay=s.weight_decay,
             max_grad_norm=s.max_grad_norm,
+            untouched=self._untouched,
         )
 
     def state(self) -> dict[str, Tensor]:
