@@ -4,7 +4,8 @@
 
 Each call is one case, kept in bench/results/vllm_generation.json. A side is a process of its own, in an environment of its
 own, pinned to the core; all read the same model folder and the same prompts, warm up with two rounds of the work
-(``generate``, which keeps nothing, with two prompts), and then wait for their turns. The models are those of ``bench/language_inputs.py``, the work is that of
+(``generate``, which keeps nothing, with two prompts), and then wait for their turns. The models are
+those of ``bench/language_inputs.py``, the work is that of
 ``bench/generation_speed.py``: *uniform*, 64 prompts of 32 tokens, 64 new ones, no end; *varying*, four samples of each of
 32 prompts of 8 to 256 tokens, answers of 24 tokens on average. All sample from the whole distribution at temperature 1;
 Bridle also reports log-probs. Processor seconds are compared, wall seconds kept beside them. ``generate`` and Bridle answer

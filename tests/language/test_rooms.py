@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Iterator
@@ -54,24 +55,21 @@ def test_a_room_is_used_again_when_its_last_view_is_gone() -> None:
 
 
 def test_threads_that_ask_at_once_get_rooms_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is held up between finding a free room and taking it; the other must not find the same."""
-    found, waits, free = threading.Event(), [], rooms._free
+    """Each is held up once it has seen which rooms are free, until the other has too, if that can be."""
+    both, count = threading.Barrier(2), rooms._references
 
-    def slowly(numbers: int) -> Any:
-        array = free(numbers)
-        waits.append(found.is_set())
-        if not found.is_set():
-            found.set()
-            threading.Event().wait(0.05)  # as a thread that the system puts aside
-        return array
+    def held_up(arrays: Any) -> list[int]:
+        counts = count(arrays)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        return counts
 
     with training():
         held = [room(60), room(60)]
         del held
-        monkeypatch.setattr(rooms, "_free", slowly)
+        monkeypatch.setattr(rooms, "_references", held_up)
         with ThreadPoolExecutor(2) as pool:
             one, other = pool.map(lambda _: room(60), range(2))
-        assert waits == [False, True]
         assert at(one) != at(other)
         del one, other
 
