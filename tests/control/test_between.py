@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bridle.control import ActorCritic, CategoricalHead, GaussianHead, compiled
+from bridle.control import ActorCritic, CategoricalHead, GaussianHead
 from bridle.control.own import OwnPerceptrons, quickened
 from bridle.control.perceptrons import Perceptrons
 from bridle.control.reading import read
 from bridle.errors import NonFiniteStep
-from tests.built import HERE, built
 from tests.control.test_descending import PLAIN, batch_of, learn, optimiser_of, require_alike
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -41,14 +40,7 @@ NORMS: dict[str, tuple[Callable[[int], list[nn.Module]], Callable[[int], list[nn
 }
 
 
-@pytest.fixture(scope="module", params=HERE, autouse=True)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    found = built("small.c", compiled.load, tmp_path_factory.mktemp("compiled"), request.param)
-    if isinstance(found, str):
-        pytest.skip(f"not compiled: {found}")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiled, "library", found)
-        yield
+pytestmark = pytest.mark.usefixtures("small_code")
 
 
 def tower(activation: str, norms: str, widths: tuple[int, ...], outputs: int, *, bias: bool = True) -> nn.Sequential:

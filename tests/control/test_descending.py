@@ -25,7 +25,7 @@ from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOObjective, PPOSettings
 from bridle.learn.record import UpdateStep, summarise
 from bridle.random import generator
-from tests.built import HERE, built, source_named
+from tests.built import source_named
 from tests.control.test_small import SHAPES, build, units
 
 OPTIM = OptimSettings(lr=0.004, eps=1e-2, weight_decay=0.1, max_grad_norm=0.3)
@@ -34,14 +34,7 @@ PLAIN = PPOSettings(
 )
 
 
-@pytest.fixture(scope="module", params=HERE, autouse=True)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    found = built("small.c", compiled.load, tmp_path_factory.mktemp("compiled"), request.param)
-    if isinstance(found, str):
-        pytest.skip(f"not compiled: {found}")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiled, "library", found)
-        yield
+pytestmark = pytest.mark.usefixtures("small_code")
 
 
 class OneByOne(SmallActorCritic):

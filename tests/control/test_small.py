@@ -23,7 +23,6 @@ from bridle.learn import ppo
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.step import HandDifferentiated, Seen, Slopes, plain_vjp
-from tests.built import HERE, built
 
 SHAPES = [
     (4, "discrete", 2, NetworkSettings()),
@@ -34,17 +33,12 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module", params=HERE)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
-    return built("small.c", compiled.load, tmp_path_factory.mktemp("compiled"), request.param)
-
-
 @pytest.fixture(params=["compiled", "NumPy"], autouse=True)
-def form(request: pytest.FixtureRequest, library: object, monkeypatch: pytest.MonkeyPatch) -> str:
+def form(request: pytest.FixtureRequest, small_library: object, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether the networks run compiled, or by NumPy and PyTorch."""
-    if request.param == "compiled" and isinstance(library, str):
-        pytest.skip(f"not compiled: {library}")
-    monkeypatch.setattr(compiled, "library", library if request.param == "compiled" else None)
+    if request.param == "compiled" and isinstance(small_library, str):
+        pytest.skip(f"not compiled: {small_library}")
+    monkeypatch.setattr(compiled, "library", small_library if request.param == "compiled" else None)
     return str(request.param)
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bridle.core.head import HeadSlopes
 from bridle.language import rooms
 from bridle.language.backbones import hidden_at
+from bridle.language.causal import CausalModel
 from bridle.language.rooms import gradient_of, room, training
 from tests.language.layered import quick
 
@@ -27,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rooms of any size are kept here."""
     monkeypatch.setattr(rooms, "_LEAST", 1)
     yield
-    assert not rooms.is_training()
+    assert rooms._kept.blocks == 0
     assert not rooms._kept.arrays
 
 
@@ -113,7 +115,6 @@ def test_outside_training_nothing_is_kept_nor_added_to() -> None:
     with training():
         with training():
             kept = room(20)
-        assert rooms.is_training()
         assert len(rooms._kept.arrays) == 1
         kept[0] = 1.0
     assert len(rooms._kept.arrays) == 0
@@ -181,6 +182,26 @@ def test_gradients_are_those_that_autograd_adds(threads: int) -> None:
         assert found["embed_tokens.weight"][7].any()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_and_an_embedding_add_to_the_same_gradient(tied: bool) -> None:
+    plain, model = quick("llama", tie_word_embeddings=tied)
+    along = torch.tensor([0.5, -1.0, 2.0, 0.25])
+    targets = torch.tensor([3, 7, 7, 90])
+    for _ in range(2):
+        logp = plain(input_ids=IDS, use_cache=False).logits[ROWS, COLUMNS].log_softmax(-1)
+        (along * logp[torch.arange(4), targets]).sum().backward()
+    causal = CausalModel(model)
+    with training():
+        for _ in range(2):
+            features = causal.states(IDS, ROWS, COLUMNS).features
+            _, slope = causal.answers(features.detach(), targets, weighing=lambda rows, _: HeadSlopes(logp=along[rows]))
+            features.backward(slope)
+    oracle = {name: weight.grad for name, weight in plain.named_parameters()}
+    assert ("lm_head.weight" in oracle) != tied
+    compare({name: weight.grad for name, weight in model.named_parameters()}, oracle)
 
 
 @pytest.mark.usefixtures("compiled")

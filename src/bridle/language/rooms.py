@@ -1,7 +1,7 @@
 """Memory that compiled code writes in while a model is trained: used again by the next pass, as are the weights' gradients.
 
 A pass of a small model writes some hundred megabytes and forgets them. Taken from the system each time, they come page by page,
-which took a tenth of a training step. In a block of :func:`training` what is given up is kept for who asks next, and compiled
+which took a seventh of a training step. In a block of :func:`training` what is given up is kept for who asks next, and compiled
 code adds gradients where autograd would have added them afterwards.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bridle.guards import is_plain
 
-__all__ = ["gradient_of", "is_training", "room", "takes_directly", "training"]
+__all__ = ["gradient_of", "room", "takes_directly", "training"]
 
 _LEAST = 16 * 1024
 """Numbers; smaller rooms are PyTorch's to give."""
@@ -45,7 +45,8 @@ _taking = threading.Lock()
 def training() -> Iterator[None]:
     """Train in here: each backward pass adds to the weights' ``.grad``, as ``backward()`` does, and none asks for slopes alone.
 
-    Compiled code may then add to ``.grad`` itself, and rooms are kept until the block ends.
+    Compiled code may then add to ``.grad`` itself, and rooms are kept until the block ends. It is open for all threads of
+    the process. Hooks on a weight are called; those on a node of autograd that gathers a gradient see nothing of it.
     """
     _kept.blocks += 1
     try:
@@ -54,11 +55,6 @@ def training() -> Iterator[None]:
         _kept.blocks -= 1
         if not _kept.blocks:
             _kept.arrays.clear()
-
-
-def is_training() -> bool:
-    """Whether a block of :func:`training` is open."""
-    return _kept.blocks > 0
 
 
 def room(*shape: int) -> Float[Tensor, ...]:

@@ -48,6 +48,7 @@ typedef struct {
 
 EXPORT int64_t head_source(void) { return SOURCE; }
 EXPORT int64_t head_block(void) { return SOME; }
+EXPORT int64_t head_columns(void) { return COLUMNS; }
 
 static int64_t blocks_of(const head *h) { return (h->vocabulary + SOME - 1) / SOME; }
 

@@ -31,8 +31,6 @@ _KEPT_NUMBERS = 16 * 1024 * 1024
 """Logits that are kept at a time: 64 MiB."""
 _ROWS = 256
 """Positions at a time at most: their hidden states stay in a near cache."""
-_COLUMNS = 10
-"""Sums of a position: COLUMNS in vocabulary.c."""
 
 
 class _Side(ctypes.Structure):
@@ -67,6 +65,7 @@ def load(place: Path | None) -> Any:
     own, at, count = ctypes.POINTER(_Head), ctypes.c_void_p, ctypes.c_int64
     functions: dict[str, tuple[Any, list[Any]]] = {
         "head_block": (count, []),
+        "head_columns": (count, []),
         "head_work": (count, [own]),
         "head_forward": (None, [own, count, count, count, at]),
         "head_join": (None, [own, count]),
@@ -194,7 +193,9 @@ class _Run:
             self._kept = [room(numbers) for _ in self._sides] + [None] * (2 - len(self._sides))
         sizes = _Head(rows, self._vocabulary, *self._both(slice(0, rows)))
         self._work = [room(self._library.head_work(sizes)) for _ in self._parts]
-        self._sums = torch.empty(len(self._parts), rows, _COLUMNS, dtype=torch.float64, device="cpu")
+        self._sums = torch.empty(
+            len(self._parts), rows, self._library.head_columns(), dtype=torch.float64, device="cpu"
+        )
         width = self._sides[0].hidden.shape[1]
         self._slopes = [self._found.new_empty(rows, width) for _ in self._parts[1:]] if keep else []
         return [slice(part.start, part.stop) for part in parts]
