@@ -144,6 +144,15 @@ class Bench:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return found
 
+    def products(self, work: PPOWork | TuningWork) -> float:
+        """GFLOP/s of large products where and in what :meth:`answer` computes."""
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, set(self.cores[: work.threads]))
+        try:
+            return product_rates(work.threads)[work.dtype]
+        finally:
+            os.sched_setaffinity(0, before)
+
 
 def iteration_seconds(found: dict[str, Any], threads: int) -> float:
     """Seconds of an iteration: processor's on one thread, wall's on more; the first is left out where there are others."""
@@ -211,23 +220,41 @@ def training_flops(work: PPOWork, *, vocabulary: int, width: int, layers: int) -
     return 3.0 * work.epochs * forward
 
 
+def against_products(work: PPOWork, answers: list[dict[str, Any]], products: list[float]) -> dict[str, Any]:
+    """What training came to in each round beside the large products measured right after it."""
+    flops, rates = training_flops(work, vocabulary=32_000, width=288, layers=6), []
+    for found in answers:
+        rows = found["iterations"][1:] or found["iterations"]
+        key = next(name for name in ("training_seconds", "train_cpu") if name in rows[0])
+        rates.append(flops / statistics.median(row[key] for row in rows) / 1e9)
+    return {
+        "training_gflops": spread(rates),
+        "product_gflops": spread(products),
+        "training_share": spread([rate / product for rate, product in zip(rates, products, strict=True)]),
+    }
+
+
 def measure(name: str, part: Part, bench: Bench, rounds: int) -> dict[str, Any]:
     """All sides of one part, taking turns."""
     sides = [side for side in part.sides if side.partition("-")[0] in bench.pythons]
     work = bench.told(part)
     answers: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    trains = part.model == "15M" and isinstance(work, PPOWork)
+    # the other sides train one trunk
+    large: dict[str, list[float]] = {side: [] for side in sides if trains and side in ("bridle", "trl")}
     for turn in range(rounds):
         for side in sides if turn % 2 == 0 else sides[::-1]:
             found = bench.answer(side, work)
             answers[side].append(found)
             show(name, side, summary(part, [found]))
+            if side in large:
+                large[side].append(bench.products(work))
     found_sides = {side: summary(part, found) for side, found in answers.items() if found}
-    if part.model == "15M" and isinstance(work, PPOWork):
-        flops = training_flops(work, vocabulary=32_000, width=288, layers=6)
-        for side, found in found_sides.items():
-            if side in ("bridle", "trl"):  # the others train one trunk
-                spent = next(found["parts"][key] for key in ("training_seconds", "train_cpu") if key in found["parts"])
-                found["training_gflops"] = flops / spent / 1e9
+    for side, rates in large.items():
+        if rates and isinstance(work, PPOWork):
+            found_sides[side] |= against_products(work, answers[side], rates)
+            low, mid, high = (found_sides[side]["training_share"][key] for key in ("lowest", "median", "highest"))
+            print(f"{name:24} {side:16} training at {mid:.2f} of large products ({low:.2f} to {high:.2f})", flush=True)
     told = {
         key: value for key, value in json.loads(work.text()).items() if key not in ("model", "data", "reward_model")
     }
