@@ -6,8 +6,9 @@ import threading
 from itertools import chain
 
 import pytest
+import torch
 
-from bridle.native.sharing import for_each, shares
+from bridle.native.sharing import calm, for_each, shares, threads
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 64])
@@ -47,3 +48,21 @@ def test_what_a_call_raises_reaches_the_caller(count: int) -> None:
 
     with pytest.raises(ValueError, match=f"part {count - 1}"):
         for_each(count, call)
+
+
+def test_in_calm_pytorch_has_one_thread_and_compiled_code_those_it_had() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert threads() == 3
+        with calm():
+            assert (torch.get_num_threads(), threads()) == (1, 3)
+            with calm():
+                assert (torch.get_num_threads(), threads()) == (1, 3)
+            assert (torch.get_num_threads(), threads()) == (1, 3)
+        assert (torch.get_num_threads(), threads()) == (3, 3)
+        with pytest.raises(ValueError, match="out"), calm():
+            raise ValueError("out")
+        assert (torch.get_num_threads(), threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from bridle.guards import is_observed, is_plain, is_watched
 from bridle.native.loading import library_of, load_library
-from bridle.native.sharing import for_each, shares
+from bridle.native.sharing import for_each, shares, threads
 
 __all__ = ["convolved", "library", "load", "served"]
 
@@ -193,7 +193,7 @@ class _Pass:
         if kept is None:
             kept = [_room(len(images), size) for size in self._sizes[:-1]] if keep else []
         self.kept = kept
-        self._parts = shares(len(images), torch.get_num_threads())
+        self._parts = shares(len(images), threads())
 
     def forward(self) -> Tensor:
         """Run there; return the features."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from bridle.language.memory import MemoryEstimate, estimate_memory, require_memo
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
 from bridle.language.prompts import DemonstrationMix, MixSettings
-from bridle.language.quickening import speed_notes
+from bridle.language.quickening import calm_for, speed_notes
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.rooms import training
@@ -226,6 +226,11 @@ class _World:
     decode: Callable[[Tensor], str]
     notes: tuple[str, ...]
 
+    def calm(self) -> AbstractContextManager[None]:
+        """Leave the threads to compiled code, where all layers of actor, critic and reference run so."""
+        policy = self.roles.policy
+        return calm_for(policy.computing(), policy, self.roles.reference.model)
+
 
 def _sources(config: PPOConfig) -> Sources:
     judge, critic = config.reward.model, config.critic.reward_model
@@ -327,21 +332,22 @@ def _collect(config: PPOConfig, world: _World, seed: int, step: int, rows: RowBu
 
 def _prepare(config: PPOConfig, world: _World, state: State, episodes: list[Episode], budget: MicroBudget) -> Prepared:
     lengths = torch.tensor([len(e.prompt.ids) + len(e.ids) for e in episodes])
-    return within_memory(
-        budget,
-        lengths,
-        lambda tokens: prepare(
-            episodes,
-            world.roles.policy,
-            world.roles.reference,
-            state.moments,
-            shaping=config.shaping,
-            kl=config.kl,
-            kl_coefficient=state.kl_coefficient,
-            advantage=config.advantage,
-            micro_batch_tokens=tokens,
-        ),
-    )
+    with world.calm():
+        return within_memory(
+            budget,
+            lengths,
+            lambda tokens: prepare(
+                episodes,
+                world.roles.policy,
+                world.roles.reference,
+                state.moments,
+                shaping=config.shaping,
+                kl=config.kl,
+                kl_coefficient=state.kl_coefficient,
+                advantage=config.advantage,
+                micro_batch_tokens=tokens,
+            ),
+        )
 
 
 def _update(
@@ -357,7 +363,7 @@ def _update(
     """Take all optimiser steps on one rollout; during the warm-up the critic's alone."""
     critic_only = step <= config.critic.warmup_steps
     policy = world.roles.policy
-    with training(), policy.frozen_actor() if critic_only else nullcontext():
+    with world.calm(), training(), policy.frozen_actor() if critic_only else nullcontext():
         return list(
             ppo.update(
                 policy,

@@ -31,7 +31,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
-from bridle.language.quickening import speed_notes
+from bridle.language.quickening import calm_for, speed_notes
 from bridle.language.reward_evaluation import Quality, judge_quality, length_rule
 from bridle.language.reward_model import (
     LossSettings,
@@ -221,7 +221,11 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
         for note in world.notes:
             session.say(note)
         budget = session.micro_budget(config.loss.micro_tokens)
-        with session.progress(total, "reward", start=session.start) as progress, training():
+        with (
+            session.progress(total, "reward", start=session.start) as progress,
+            calm_for(_computing(session), learner.opened.model),
+            training(),
+        ):
             for step in session.steps(total):
                 phase = world.phase_of(step)
                 if step == phase.first and phase is not world.phases[0]:

@@ -30,7 +30,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
-from bridle.language.quickening import speed_notes
+from bridle.language.quickening import calm_for, speed_notes
 from bridle.language.rooms import training
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.shadow import masters_of
@@ -127,7 +127,11 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
         rows = session.row_budget(config.evaluation.sampling.rows)
         if session.start == 0 and world.held_out:
             session.record(0, _evaluate(config, world, session, 0, budget, rows))
-        with session.progress(total, "sft", start=session.start) as progress, training():
+        with (
+            session.progress(total, "sft", start=session.start) as progress,
+            calm_for(world.computing(), world.model),
+            training(),
+        ):
             for step in session.steps(total):
                 began = time.perf_counter()
                 optimiser.schedule(step - 1)

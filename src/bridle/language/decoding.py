@@ -24,7 +24,7 @@ from torch import Tensor
 from bridle.core.head import VocabularyHead
 from bridle.language.layers import Layer, Shape, described
 from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
-from bridle.native.sharing import for_each, shares
+from bridle.native.sharing import for_each, shares, threads
 
 __all__ = ["Choice", "Stack", "Texts", "code", "halved", "library", "load"]
 
@@ -129,7 +129,7 @@ class Stack:
         x holds the tokens' embeddings and is written over.
         """
         rows = texts.longer(len(x))
-        parts = shares(len(x), max(1, min(torch.get_num_threads(), len(x) // _ALONE)))
+        parts = shares(len(x), max(1, min(threads(), len(x) // _ALONE)))
         y = self._run(self._library.stack_step, x, rows, parts, [part.start for part in parts])
         rows[:, _BLOCK + _LENGTH] += 1
         return y
@@ -142,7 +142,7 @@ class Stack:
         x holds their embeddings and is written over.
         """
         rows = texts.begin(which, lengths)
-        parts = shares(len(rows), torch.get_num_threads())
+        parts = shares(len(rows), threads())
         return self._run(self._library.stack_read, x, rows, parts, [sum(lengths[: part.start]) for part in parts])
 
     def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
@@ -258,7 +258,7 @@ class Choice:
         It is the first whose cumulative probability is above the draw: none of probability 0. Its log-prob is in nats.
         """
         tokens, logp = torch.empty(len(picks), dtype=torch.int64), hidden.new_empty(len(picks))
-        parts = shares(len(hidden), max(1, min(torch.get_num_threads(), len(hidden) // _ALONE)))
+        parts = shares(len(hidden), max(1, min(threads(), len(hidden) // _ALONE)))
         picks, uniforms = np.ascontiguousarray(picks), np.ascontiguousarray(uniforms)
 
         def one(number: int) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bridle.language.rooms import gradient_of, room
 from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
-from bridle.native.sharing import for_each, shares
+from bridle.native.sharing import for_each, shares, threads
 
 __all__ = [
     "Layer",
@@ -238,7 +238,7 @@ class _Pass:
         self._shapes, self._x, self._turned, self._keep = shapes, x, (cosine, sine), keep
         self._weights = [given[at : at + _WEIGHTS] for at in range(4, len(given), _WEIGHTS)]
         self._hidden = [len(cast("Tensor", weights[10])) for weights in self._weights]
-        self._parts = shares(len(x), torch.get_num_threads())
+        self._parts = shares(len(x), threads())
         self.kept = self._room() if kept is None else list(kept)
 
     def _room(self) -> list[Tensor]:

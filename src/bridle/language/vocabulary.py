@@ -23,7 +23,7 @@ from bridle.core._vocabulary import Shaping
 from bridle.core.head import HeadAnswers, HeadSlopes, VocabularyHead, Weighing
 from bridle.language.rooms import room
 from bridle.native.loading import computing_now, halved_library_of, library_of, load_library
-from bridle.native.sharing import for_each, shares
+from bridle.native.sharing import for_each, shares, threads
 
 __all__ = ["halved", "head_answers", "library", "load", "token_logprobs"]
 
@@ -177,7 +177,7 @@ class _Run:
         self._library = computing_now(library, halved) or library
         self._block = self._library.head_block()
         self._blocks = -(-vocabulary // self._block)
-        self._parts = shares(self._blocks, torch.get_num_threads())
+        self._parts = shares(self._blocks, threads())
         self._found = sides[0].hidden.new_zeros(2 * len(sides), len(targets))
         self._kept: list[Tensor | None] = [None, None]
         self._own = _Head()

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 
-__all__ = ["for_each", "shares"]
+import torch
+
+__all__ = ["calm", "for_each", "shares", "threads"]
+
+_given = threading.local()
+
+
+def threads() -> int:
+    """Return among how many threads compiled code is shared out: those of PyTorch, or those it had before :func:`calm`."""
+    return getattr(_given, "threads", None) or torch.get_num_threads()
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Let PyTorch compute in one thread in here, compiled code in as many as PyTorch did until now.
+
+    After each operation PyTorch's threads wait for the next one by turning round and round, and hold the cores that compiled
+    code is about to ask for. Where little is left to PyTorch one thread of it is faster. Like PyTorch's number of threads this
+    is the calling thread's own.
+    """
+    own = threads()
+    before, outer = torch.get_num_threads(), getattr(_given, "threads", None)
+    _given.threads = own
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _given.threads = outer
 
 
 def shares(count: int, parts: int) -> list[range]:

@@ -28,6 +28,7 @@ from bridle.language.sampler.readers import CompiledReader, ModelReader, Reader
 from bridle.language.sampler.slots import Slots, serving
 from bridle.language.sampler.stopping import Stopping
 from bridle.language.sampler.tape import Tapes
+from bridle.native.sharing import calm
 
 __all__ = ["EmbeddedSampler"]
 
@@ -83,8 +84,9 @@ class EmbeddedSampler:
         with self._computing(), self._reading(rows, steps, longest) as reader:
             choose = chooser(self._actor, settings, steps)
             work = _Work(reader, choose, self._value_head, watch, prompts, uniforms, settings)
-            while work.step():
-                pass
+            with nullcontext() if settings.warped or not isinstance(reader, CompiledReader) else calm():
+                while work.step():
+                    pass
         return work.answers()
 
     @contextmanager
