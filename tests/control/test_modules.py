@@ -24,12 +24,13 @@ from tests.control.test_descending import (
     PLAIN,
     batch_of,
     learn,
-    library,  # noqa: F401  a fixture for all tests
     optimiser_of,
     require_alike,
     spoilt,
 )
 from tests.control.test_small import units
+
+pytestmark = pytest.mark.usefixtures("small_code")
 
 WIDTH = 5
 
