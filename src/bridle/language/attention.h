@@ -175,15 +175,20 @@ INLINE void along(int64_t rows, const reg *sums, float *to, int64_t stride) {
 /* Scores [keys][LANES] of queries laid across, of which query i sees the first `begin + i + 1`, -inf after them; the largest. */
 static void narrow_scores(int64_t begin, int64_t keys, const float *queries, const float *k, float *s, float *largest) {
   const reg nothing = (reg){0} - INFINITY;
-  reg q[8], most = nothing;
+  reg q[8], most = nothing, other = nothing; /* two, so that a comparison need not wait for the one before */
   EIGHT q[e] = *(const reg *)(queries + LANES * e);
-  for (int64_t j = 0; j < keys; j++, k += 8, s += LANES) {
-    reg one = product_of_eight(q, k);
-    if (j >= begin) one = choose_each(seen_by(0, j - begin), one, nothing);
-    *(reg *)s = one;
-    most = choose_each(one > most, one, most);
+  int64_t j = 0;
+  for (; j + 2 <= begin; j += 2, k += 16, s += 2 * LANES) {
+    const reg one = product_of_eight(q, k), next = product_of_eight(q, k + 8);
+    *(reg *)s = one, *(reg *)(s + LANES) = next;
+    most = choose_each(one > most, one, most), other = choose_each(next > other, next, other);
   }
-  *(reg *)largest = most;
+  for (; j < keys; j++, k += 8, s += LANES) {
+    const reg one = product_of_eight(q, k), seen = j < begin ? one : choose_each(seen_by(0, j - begin), one, nothing);
+    *(reg *)s = seen;
+    most = choose_each(seen > most, seen, most);
+  }
+  *(reg *)largest = choose_each(other > most, other, most);
 }
 
 /* Of scores: what is read of `v`, as rows, and 1 / the sum of the weights. */
@@ -203,48 +208,78 @@ static void narrow_read(int64_t rows, int64_t keys, const float *s, const float 
   *(reg *)share = all;
 }
 
-/* The weights again, [keys][LANES], 0 after what query i sees. */
+#if LANES == 16
+#define FIRST_PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define OTHER_PAIRS 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define FIRST_PAIRS 0, 8, 1, 9, 2, 10, 3, 11
+#define OTHER_PAIRS 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+#ifdef __clang__
+#define PAIRED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PAIRED(a, b, ...) __builtin_shuffle(a, b, (flags){__VA_ARGS__})
+#endif
+
+/* The weights again, 0 after what query i sees, each 2 LANES after the one before. */
 static void narrow_weights(int64_t begin, int64_t keys, const float *queries, const float *k, const float *largest,
                            const float *share, float *w) {
   const reg most = *(const reg *)largest, part = *(const reg *)share;
   reg q[8];
   EIGHT q[e] = *(const reg *)(queries + LANES * e);
-  for (int64_t j = 0; j < keys; j++, k += 8, w += LANES) {
+  for (int64_t j = 0; j < keys; j++, k += 8, w += 2 * LANES) {
     const reg one = twos_to(product_of_eight(q, k) - most) * part;
     *(reg *)w = j < begin ? one : (reg)(seen_by(0, j - begin) & (flags)one);
   }
 }
 
-/* w o (slope v^T - through), [keys][LANES]. */
-static void narrow_slopes(int64_t keys, const float *slopes, const float *v, const float *through, const float *w, float *d) {
+/* d = w o (slope v^T - through), as pairs (d, w) in the place of weights w; of d the rows of d^T k, times `by`. */
+static void narrow_slopes(int64_t keys, const float *slopes, const float *k, const float *v, const float *through, float *pairs,
+                          int64_t rows, float by, float *to, int64_t stride) {
   const reg less = *(const reg *)through;
-  reg own[8];
+  reg own[8], sum[8];
   EIGHT own[e] = *(const reg *)(slopes + LANES * e);
-  for (int64_t j = 0; j < keys; j++, v += 8, w += LANES, d += LANES)
-    *(reg *)d = *(const reg *)w * (product_of_eight(own, v) - less);
-}
-
-/* The rows of d^T k, times `by`. */
-static void narrow_gather(int64_t rows, int64_t keys, float by, const float *d, const float *k, float *to, int64_t stride) {
-  reg sum[8];
   EIGHT sum[e] = (reg){0};
-  for (int64_t j = 0; j < keys; j++, d += LANES, k += 8) {
-    const reg one = *(const reg *)d;
-    EIGHT sum[e] += one * k[e];
+  for (int64_t j = 0; j < keys; j++, k += 8, v += 8, pairs += 2 * LANES) {
+    const reg w = *(const reg *)pairs, d = w * (product_of_eight(own, v) - less);
+    *(reg *)pairs = PAIRED(d, w, FIRST_PAIRS), *(reg *)(pairs + LANES) = PAIRED(d, w, OTHER_PAIRS);
+    EIGHT sum[e] += d * k[e];
   }
   EIGHT sum[e] *= by;
   along(rows, sum, to, stride);
 }
 
-/* to[j] += sum over up to eight queries of w[j][i] x_i. */
-static void narrow_spread(int64_t rows, int64_t keys, const float *w, const float *x, int64_t stride, float *to) {
-  vec own[8];
-  EIGHT own[e] = e < rows ? *(const vec *)(x + e * stride) : (vec){0};
-  for (int64_t j = 0; j < keys; j++, w += LANES, to += 8) {
-    vec one = *(vec *)to, other = w[1] * own[1];
-    for (int e = 0; e < 8; e += 2) one += w[e] * own[e];
-    for (int e = 3; e < 8; e += 2) other += w[e] * own[e];
-    *(vec *)to = one + other;
+/* Rows of eight of x and y, as pairs. */
+INLINE void pair_up(const vec x, const vec y, float *to) {
+  *(vec *)to = SHUFFLE(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+  *(vec *)(to + 8) = SHUFFLE(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+
+/* A pair of numbers, over and over. */
+INLINE reg repeated(const float *pair) {
+  typedef int64_t twos __attribute__((vector_size(4 * LANES)));
+  int64_t both;
+  memcpy(&both, pair, sizeof both);
+  return (reg)((twos){0} | both);
+}
+
+/* to[j] += sum over up to eight queries of pairs[j][i] (x_i, y_i), in pairs. */
+static void narrow_spread(int64_t rows, int64_t keys, const float *pairs, const float *x, int64_t dx, const float *y, int64_t dy,
+                          float *to) {
+  float own[8 * 16];
+  for (int64_t e = 0; e < 8; e++)
+    pair_up(e < rows ? *(const vec *)(x + e * dx) : (vec){0}, e < rows ? *(const vec *)(y + e * dy) : (vec){0}, own + 16 * e);
+  reg from[8][PARTS];
+  EIGHT for (int i = 0; i < PARTS; i++) from[e][i] = *(const reg *)(own + 16 * e + LANES * i);
+  for (int64_t j = 0; j < keys; j++, pairs += 2 * LANES, to += 16) {
+    reg by[8];
+    EIGHT by[e] = repeated(pairs + 2 * e);
+    for (int i = 0; i < PARTS; i++) {
+      reg one = *(const reg *)(to + LANES * i), other = by[1] * from[1][i];
+      for (int e = 0; e < 8; e += 2) one += by[e] * from[e][i];
+      for (int e = 3; e < 8; e += 2) other += by[e] * from[e][i];
+      *(reg *)(to + LANES * i) = one + other;
+    }
   }
 }
 
@@ -258,8 +293,13 @@ static void narrow_through(int64_t rows, const float *slope, const float *read, 
   *(reg *)through = sum;
 }
 
-static void add_rows(int64_t rows, float by, const float *x, float *to, int64_t stride) {
-  for (int64_t i = 0; i < rows; i++, x += 8, to += stride) *(vec *)to += *(const vec *)x * by;
+/* Rows of `pairs` to two of their own: the first of each times `by` added to x, the second to y. */
+static void add_pairs(int64_t rows, float by, const float *pairs, float *x, float *y, int64_t stride) {
+  for (int64_t i = 0; i < rows; i++, pairs += 16, x += stride, y += stride) {
+    const vec a = *(const vec *)pairs, b = *(const vec *)(pairs + 8);
+    *(vec *)x += SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14) * by;
+    *(vec *)y += SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  }
 }
 
 static void narrow_attend(const sight *l, const float *q, const float *k, const float *v, float *read, float *sums, float *work) {
@@ -281,12 +321,11 @@ static void narrow_attend(const sight *l, const float *q, const float *k, const 
 static void narrow_back(const sight *l, const float *q, const float *k, const float *v, const float *read, const float *slope,
                         const float *sums, float *dq, float *dk, float *dv, float *work) {
   const int64_t length = l->length, end = l->end, group = l->group, stride = l->stride, apart = l->along;
-  float *keys = work, *values = keys + 8 * length, *key_slopes = values + 8 * length, *value_slopes = key_slopes + 8 * length;
-  float *w = value_slopes + 8 * length, *d = w + LANES * length, turned[8 * LANES], most[LANES], share[LANES];
-  float through[LANES];
+  float *keys = work, *values = keys + 8 * length, *both = values + 8 * length, *pairs = both + 16 * length;
+  float queries[8 * LANES], slopes[8 * LANES], most[LANES], share[LANES], through[LANES];
   pack(end, 8, k, stride, keys);
   pack(end, 8, v, stride, values);
-  memset(key_slopes, 0, sizeof(float) * 16 * length);
+  memset(both, 0, sizeof(float) * 16 * end); /* slopes of keys and values, in pairs */
   for (int64_t h = 0; h < group; h++, q += 8, dq += 8, read += 8, slope += 8, sums += 2 * length)
     for (int64_t begin = l->begin; begin < end; begin += LANES) {
       const int64_t rows = least(LANES, end - begin), stop = begin + rows;
@@ -294,19 +333,16 @@ static void narrow_back(const sight *l, const float *q, const float *k, const fl
       memset(most, 0, sizeof most), memset(share, 0, sizeof share); /* of queries that are not there */
       memcpy(most, sums + begin, sizeof(float) * rows);
       memcpy(share, sums + length + begin, sizeof(float) * rows);
-      across(rows, l->scale * LOG2_E, from, stride, turned);
-      narrow_weights(begin, stop, turned, keys, most, share, w);
-      narrow_through(rows, down, read + begin * apart, apart, turned, through);
-      narrow_slopes(stop, turned, values, through, w, d);
-      narrow_gather(rows, stop, l->scale, d, keys, dq + begin * stride, stride);
+      across(rows, l->scale * LOG2_E, from, stride, queries);
+      narrow_through(rows, down, read + begin * apart, apart, slopes, through);
+      narrow_weights(begin, stop, queries, keys, most, share, pairs);
+      narrow_slopes(stop, slopes, keys, values, through, pairs, rows, l->scale, dq + begin * stride, stride);
       for (int64_t i = 0; i < rows; i += 8) {
-        const int64_t some = least(8, rows - i), seen = begin + i + some;
-        narrow_spread(some, seen, d + i, from + i * stride, stride, key_slopes);
-        narrow_spread(some, seen, w + i, down + i * apart, apart, value_slopes);
+        const int64_t some = least(8, rows - i);
+        narrow_spread(some, begin + i + some, pairs + 2 * i, from + i * stride, stride, down + i * apart, apart, both);
       }
     }
-  add_rows(end, l->scale, key_slopes, dk, stride);
-  add_rows(end, 1.0f, value_slopes, dv, stride);
+  add_pairs(end, l->scale, both, dk, dv, stride);
 }
 
 /* Room that attention needs, there or back. */
