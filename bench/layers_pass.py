@@ -2,8 +2,8 @@
 
     python bench/layers_pass.py [--dtype bfloat16] [--rounds 12]      → bench/results/layers_pass.json
 
-16 texts of 96 tokens, of which 64 each are answers, on one thread: the layers there, the layers back, the head there and
-back. Nothing else of a training step is in it: no rollout, loss, optimiser or embedding. Useful operations are counted, two a
+16 texts of 96 tokens, of which 64 each are answers, on one thread: the layers there and back, of all tokens; the head there
+and back, of the answers. Nothing else of a training step is in it: no rollout, loss, optimiser or embedding. Useful operations are counted, two a
 multiplication, the backward pass twice the forward pass; attention is not counted. Rounds alternate with products; the least
 processor time of each is what counts.
 """
@@ -46,7 +46,7 @@ def works(dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], float]]:
     shape = layers.Shape(heads=HEADS, key_heads=HEADS, first_eps=1e-5, second_eps=1e-5, scale=(WIDTH // HEADS) ** -0.5)
     x = torch.randn(TEXTS, TOKENS, WIDTH, requires_grad=True)
     angles = torch.randn(1, TOKENS, WIDTH // HEADS // 2).repeat(1, 1, 2)
-    asked = torch.stack([torch.full((TEXTS,), PROMPT - 1), torch.full((TEXTS,), TOKENS - 1)])
+    asked = torch.stack([torch.zeros(TEXTS, dtype=torch.int64), torch.full((TEXTS,), TOKENS)])
     head = VocabularyHead(
         weight=nn.Parameter(torch.randn(VOCABULARY, WIDTH) * 0.05), bias=None, scale=1.0, softcap=None
     )

@@ -19,6 +19,7 @@ from bridle.learn import ppo
 from bridle.learn.minibatches import minibatches
 from bridle.learn.optim import Optimiser
 from bridle.learn.record import UpdateStep
+from bridle.learn.step import HandDifferentiated, plain_vjp
 from tests.control.test_descending import (
     OPTIM,
     PLAIN,
@@ -172,7 +173,24 @@ class Sharper(CategoricalHead):
         return super().forward(2 * outputs, mask)
 
 
+class ByHand(ActorCritic, HandDifferentiated):
+    """A policy with a way of its own to the gradient."""
+
+    def vjp(self, units: Transitions) -> Any:
+        return plain_vjp(self, units)
+
+
+class Called(ActorCritic):
+    """A policy that is called otherwise than it is evaluated."""
+
+    def __call__(self, units: Transitions) -> Any:
+        return super().__call__(units)
+
+
 REFUSED: dict[str, Callable[[ActorCritic], object]] = {
+    "a gradient by hand": lambda policy: setattr(policy, "__class__", ByHand),
+    "another call": lambda policy: setattr(policy, "__class__", Called),
+    "a compiled call": lambda policy: setattr(policy, "_compiled_call_impl", policy.forward),
     "another forward": lambda policy: setattr(policy, "__class__", Scaled),
     "a forward of its own": lambda policy: setattr(policy, "forward", policy.forward),
     "a hook": lambda policy: policy.register_forward_hook(lambda *_: None),
@@ -252,6 +270,65 @@ def test_actions_that_a_network_forbids_by_itself_are_learnt_step_by_step(bonus:
     single, asked = one_by_one(policy), replace(PLAIN, entropy_coefficient=bonus)
     require_alike(learn(policy, batch, asked), learn(single, batch, asked), 0.0, 0.0)
     assert ahead == [0]
+
+
+class Remembering(nn.Module):
+    """A network that draws, and keeps what it has seen; it says −inf of an action, which leaves each step to the plain path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.last = nn.BatchNorm1d(WIDTH), nn.Dropout(0.2), nn.Linear(WIDTH, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.norm(x))).index_fill(1, torch.tensor([6]), -torch.inf)
+
+
+def test_where_it_stops_draws_and_buffers_are_as_if_it_had_not_tried(ahead: list[int]) -> None:
+    policy = build(kind="discrete", size=7)
+    policy.actor = Remembering()
+    batch = batch_of(policy, WIDTH, "discrete", 6, 300)  # type: ignore[arg-type]
+    single = one_by_one(policy)
+    require_alike(drawn_alike(policy, batch, PLAIN), drawn_alike(single, batch, PLAIN), 0.0, 0.0)
+    assert ahead == [0]
+    for mine, other in zip(policy.state_dict().values(), single.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+    before = 1  # what the batch was made with
+    assert policy.actor.norm.num_batches_tracked == before + PLAIN.epochs * PLAIN.minibatches  # type: ignore[union-attr]
+
+
+def test_steps_before_one_that_raises_are_counted() -> None:
+    """Whoever catches what a module raises goes on with moments and counts that belong together."""
+    policy = build()
+    batch, single, called = batch_for(policy), one_by_one(policy), [0]
+
+    def third(*_: Any) -> None:
+        called[0] += 1
+        if called[0] == 3:
+            raise RuntimeError("third")
+
+    optimisers = [optimiser_of(own) for own in (policy, single)]
+    for own, optimiser in zip((policy, single), optimisers, strict=True):
+        called[0] = 0
+        hook = own.actor.register_forward_hook(third)
+        with pytest.raises(RuntimeError, match="third"):
+            learn(own, batch, PLAIN, optimiser)
+        hook.remove()
+        counts = [value for name, value in optimiser.state().items() if name.endswith("step")]
+        assert counts
+        assert all(value == 2 for value in counts)
+    found, expected = (learn(own, batch, PLAIN, o) for own, o in zip((policy, single), optimisers, strict=True))
+    require_alike(found, expected, 1e-4, 2e-5)
+    for mine, other in zip(policy.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-5)
+
+
+def test_one_deviation_for_all_coordinates_is_learnt(ahead: list[int]) -> None:
+    policy = build(kind="box", size=3)
+    policy.head.log_std = nn.Parameter(torch.tensor(-0.3))
+    batch = batch_for(policy, "box", 3)
+    single = one_by_one(policy)
+    require_alike(learn(policy, batch, PLAIN), learn(single, batch, PLAIN), 0.0, 0.0)
+    assert ahead == [-1]
 
 
 @pytest.mark.parametrize(("kind", "size"), [KINDS[0], KINDS[2]])

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from torch import nn
 
+from bridle.control import ActorCritic, CategoricalHead
 from bridle.control.making import WorldSettings
 from bridle.control.networks import NetworkSettings
 from bridle.jobs.session import Session, Stopped
@@ -54,6 +56,12 @@ def remembering(kind: Literal["lstm", "gru"]) -> dict[str, Any]:
     return {"network": NetworkSettings(hidden=(8,), recurrent=kind, recurrent_width=8)}
 
 
+def dropping_a_little(observations: Any, actions: Any) -> Any:
+    """Less than what tells that a policy answers otherwise when it learns than when it acts."""
+    actor = nn.Sequential(nn.Linear(observations.width, 16), nn.Tanh(), nn.Dropout(0.001), nn.Linear(16, actions.width))
+    return ActorCritic(actor=actor, critic=nn.Linear(observations.width, 1), head=CategoricalHead())
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -71,6 +79,7 @@ def remembering(kind: Literal["lstm", "gru"]) -> dict[str, Any]:
             {"env": "CartPole-v1", "world": WorldSettings(num_envs=3), "ppo": PPOSettings(epochs=2, minibatches=3)},
         ),
         ("control a2c", {"env": "BridleTest/Worn-v0"}),
+        ("control ppo", {"env": "CartPole-v1", "network": NetworkSettings(factory=f"{__name__}:dropping_a_little")}),
         ("sft", {}),
         ("reward", {}),
         ("ppo", {}),

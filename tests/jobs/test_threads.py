@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 from torch import nn
 
 from bridle.jobs import ppo, reward, sft
-from bridle.language import decoding, layers, vocabulary
-from bridle.language.quickening import calm_for, quicken
+from bridle.language import decoding, evaluate, layers, vocabulary
+from bridle.language.backbones import join_layers
+from bridle.language.causal import CausalModel
+from bridle.language.policy import LanguagePolicy, critic_from_actor, value_head
+from bridle.language.quickening import quicken
+from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.scorers import RewardSettings
 from bridle.learn.optim import Optimiser
 from bridle.native.sharing import threads
@@ -37,17 +42,21 @@ def world(tmp_path: Path) -> Path:
     return small_world(tmp_path)
 
 
+def noting(found: set[tuple[int, int]], call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that notes PyTorch's threads and those of compiled code whenever it is called."""
+
+    def noted(*given: Any, **named: Any) -> Any:
+        found.add((torch.get_num_threads(), threads()))
+        return call(*given, **named)
+
+    return noted
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
     """PyTorch's threads and those of compiled code, whenever an optimiser takes a step."""
     found: set[tuple[int, int]] = set()
-    step = Optimiser.step
-
-    def noting(self: Optimiser, *given: Any, **named: Any) -> Any:
-        found.add((torch.get_num_threads(), threads()))
-        return step(self, *given, **named)
-
-    monkeypatch.setattr(Optimiser, "step", noting)
+    monkeypatch.setattr(Optimiser, "step", noting(found, Optimiser.step))
     return found
 
 
@@ -62,45 +71,40 @@ def test_pytorch_computes_in_one_thread_where_layers_run_compiled(
     assert torch.get_num_threads() == before
 
 
-def threads_for(*models: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """PyTorch's threads while these models compute, of two; computing itself would take long where other tests compute too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with calm_for(torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32), *models):
-            return torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+def compiled(model: Any, dtype: torch.dtype = torch.float32) -> bool:
+    return CausalModel(join_layers(quicken(model))).computes_compiled(dtype)
 
 
 @pytest.mark.usefixtures("world")
-def test_it_computes_in_all_where_one_model_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick, plain = quicken(tiny_model()), quicken(tiny_model("gpt2"))
-    assert [threads_for(quick), threads_for(quick, quick)] == [1, 1]
-    assert [threads_for(plain), threads_for(quick, plain), threads_for(nn.Linear(2, 2))] == [2, 2, 2]
-    monkeypatch.setattr(layers, "halved", None)
-    assert threads_for(quick, dtype=torch.bfloat16) == 2
-
-
-@pytest.mark.usefixtures("world")
-def test_it_computes_in_all_where_an_adapter_learns_or_somebody_looks_on() -> None:
-    watched, adapted = quicken(tiny_model()), quicken(tiny_model())
+def test_a_model_runs_compiled_only_where_all_of_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, wrapped = tiny_model(), tiny_model()
+    assert compiled(tiny_model())
+    assert not compiled(tiny_model("gpt2"))
+    assert not compiled(tiny_model("mistral", sliding_window=6))
     watched.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    adapted.model.layers[1].self_attn.q_proj = nn.Sequential(adapted.model.layers[1].self_attn.q_proj, nn.Identity())
-    assert [threads_for(watched), threads_for(adapted)] == [2, 2]
+    wrapped.lm_head = nn.Sequential(wrapped.lm_head)
+    assert not compiled(watched)
+    assert not compiled(wrapped)
+    monkeypatch.setattr(layers, "halved", None)
+    assert not compiled(tiny_model(), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("world")
+def test_a_policy_runs_compiled_only_where_its_critic_does() -> None:
+    actor = CausalModel(join_layers(quicken(tiny_model())))
+    critic = critic_from_actor(actor.model)
+    policy = LanguagePolicy(actor, critic, temperature=1.0, reference=actor)
+    assert policy.computes_compiled()
+    critic.backbone.layers[0].register_forward_hook(lambda *_: None)
+    assert not policy.computes_compiled()
+    assert LanguagePolicy(actor, value_head(32), temperature=1.0, reference=actor).computes_compiled()
 
 
 def test_judges_have_all_threads_and_a_step_of_writing_leaves_them_to_compiled_code(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writing: set[tuple[int, int]] = set()
-    step = decoding.Stack.step
-
-    def noting(self: decoding.Stack, *given: Any) -> Any:
-        writing.add((torch.get_num_threads(), threads()))
-        return step(self, *given)
-
-    monkeypatch.setattr(decoding.Stack, "step", noting)
+    monkeypatch.setattr(decoding.Stack, "step", noting(writing, decoding.Stack.step))
     judge = RewardSettings(functions=(f"{world}/threads.py:threads",))
     before = torch.get_num_threads()
     torch.set_num_threads(2)  # a sampler is tried before the run sets its own
@@ -110,3 +114,17 @@ def test_judges_have_all_threads_and_a_step_of_writing_leaves_them_to_compiled_c
         torch.set_num_threads(before)
     assert writing == {(1, 2)}
     assert [row["score"] for row in Run.open(tmp_path / "run").read_samples(1)] == [2.0] * 8
+
+
+def test_evaluations_compute_in_one_thread_what_runs_compiled_and_in_all_what_does_not(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out losses and the KL of answers are whole texts; fine-tuning's answers are drawn by PyTorch, token by token."""
+    losses, answers, looks = (set[tuple[int, int]]() for _ in range(3))
+    monkeypatch.setattr(sft, "held_out_loss", noting(losses, sft.held_out_loss))
+    monkeypatch.setattr(ReferenceSampler, "__call__", noting(answers, ReferenceSampler.__call__))
+    monkeypatch.setattr(evaluate, "look", noting(looks, evaluate.look))
+    asked = sft.EvaluationSettings(share=0.2, every=1, samples=1, sampling=SamplingSettings(max_new_tokens=1))
+    sft.run(sft_config(world, tmp_path / "sft", run=RUN, epochs=1, evaluation=asked))
+    ppo.run(ppo_config(world, tmp_path / "ppo", run=RUN, steps=1))
+    assert (losses, answers, looks) == ({(1, 2)}, {(2, 2)}, {(1, 2)})

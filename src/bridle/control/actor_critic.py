@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from bridle.guards import is_observed, is_watched
 from bridle.learn.descent import ClippedTerms, Descended, Descends
 from bridle.learn.minibatches import Minibatches
 from bridle.learn.optim import FlatAdam
+from bridle.learn.step import OnePass
 
 __all__ = ["ActorCritic", "ImageActorCritic"]
 
@@ -32,6 +35,9 @@ class ActorCritic(ControlPolicy, Descends):
 
         policy = ActorCritic(actor=nn.Linear(4, 2), critic=nn.Linear(4, 1), head=CategoricalHead())
     """
+
+    _known_vjp: ClassVar[Any] = None
+    """The way to the gradient by hand, if there is one, that gives what autograd does."""
 
     def __init__(self, *, actor: nn.Module, critic: nn.Module, head: nn.Module, trunk: nn.Module | None = None) -> None:
         super().__init__()
@@ -53,13 +59,33 @@ class ActorCritic(ControlPolicy, Descends):
     def descend(self, units: Transitions, parts: Minibatches, terms: ClippedTerms, adam: FlatAdam) -> Descended | None:
         """Take steps with autograd for the modules, and compiled code for the rest; see :class:`bridle.learn.descent.Descends`.
 
-        None where :meth:`forward` or the head is another one, actions are masked, or somebody looks on at either.
+        None where :meth:`forward`, the way to the gradient or the head is another one, actions are masked, or somebody looks
+        on at either.
         """
-        known = type(self).forward is ActorCritic.forward and type(self.head) in (CategoricalHead, GaussianHead)
-        watched = is_observed() or is_watched(self) or is_watched(self.head)
+        known = self._evaluates_plainly() and type(self.head) in (CategoricalHead, GaussianHead)
+        watched = is_observed() or is_watched(self) or is_watched(self.head) or not torch.is_grad_enabled()
         if not known or watched or not by_hand(self.head) or units.observations.mask is not None:
             return None
-        return descend_by_autograd(self._answers, units, parts, self.head._parameters.get("log_std"), terms, adam)
+        spread = self.head._parameters.get("log_std")
+        return descend_by_autograd(self._as_before, self._answers, units, parts, spread, terms, adam)
+
+    def _evaluates_plainly(self) -> bool:
+        """Whether what :meth:`forward` gives, by autograd, is what this policy learns from."""
+        kind = type(self)
+        called = kind.__call__ is nn.Module.__call__ and self._compiled_call_impl is None
+        forward, vjp = kind.forward is ActorCritic.forward, getattr(kind, "vjp", None) is kind._known_vjp
+        return called and forward and vjp and not isinstance(self, OnePass)
+
+    def _as_before(self) -> Callable[[], None]:
+        """Return what puts PyTorch's draws and the buffers back to what they are now."""
+        draws, buffers = torch.get_rng_state(), [(own, own.clone()) for own in self.buffers()]
+
+        def back() -> None:
+            torch.set_rng_state(draws)
+            for own, was in buffers:
+                own.copy_(was)
+
+        return back
 
     def _answers(self, observations: Observations) -> tuple[Float[Tensor, "n A"], Float[Tensor, "n 1"]]:
         """Return outputs of actor and critic in n states."""

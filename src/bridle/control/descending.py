@@ -87,7 +87,7 @@ class Descending:
             if log_std.grad is None:
                 log_std.grad = torch.zeros_like(log_std)
             task.log_std_gradient = log_std.grad.data_ptr()
-        taken = compiled.library.clipped_descent(*map(ctypes.byref, self._nets), ctypes.byref(task))
+        taken = adam.steps = compiled.library.clipped_descent(*map(ctypes.byref, self._nets), ctypes.byref(task))
         return Descended(seen=_seen(answers), norms=norms[:taken].tolist())
 
     def _reads(self, whole: Minibatch, vector: Tensor, actions: Tensor, *, gaussian: bool) -> bool:
@@ -97,6 +97,7 @@ class Descending:
 
 
 def descend_by_autograd(
+    before: Callable[[], Callable[[], None]],
     answer: Callable[[Observations], tuple[Tensor, Tensor]],
     units: Transitions,
     parts: Minibatches,
@@ -110,6 +111,8 @@ def descend_by_autograd(
     where somebody has put a gradient of their own beside the optimiser's.
 
     Args:
+        before: called before each minibatch; what it returns puts back what the modules have drawn and kept since, where
+            the minibatch is left to somebody else.
         answer: outputs [n, A] of the actor and values [n, 1] in n states, with their graph.
         units: states, and int64 actions [N], or float32 ones [N, A] with ``log_std``.
         parts: the minibatches.
@@ -118,37 +121,43 @@ def descend_by_autograd(
         adam: the optimiser.
     """
     whole, actions = parts.whole, units.actions
-    width = None if log_std is None else len(log_std)
-    held = all(_lies(own, torch.float32, own.shape) for own in (adam.weights, log_std) if own is not None)
+    width = None if log_std is None else log_std.numel()
+    held = _lies(adam.weights, torch.float32, adam.weights.shape)
+    held &= log_std is None or _lies(log_std, torch.float32, (log_std.numel(),))
     if compiled.library is None or not held or not _readable(whole, actions, width):
         return None
     task, answers, norms = _task(parts, actions, log_std, terms, adam)
-    there, begun, taken = ctypes.byref(task), 0, 0
+    there, begun = ctypes.byref(task), 0
     work: Tensor | None = None
     for part, n in zip(parts.parts, parts.lengths, strict=True):
+        back = before()
         outputs, values = answer(units.observations.select(part.actions))
         width = outputs.shape[-1] if width is None else width
         if not (_answered(outputs, n, width) and _answered(values, n, 1)):
+            back()
             break
         if work is None:
             work = outputs.new_empty(5 * _ROWS * width)
             task.work = work.data_ptr()
         told = [outputs.detach().contiguous(), values.detach().contiguous()]
         slopes = [outputs.new_empty(n, width), values.new_empty(n, 1)]
-        if log_std is not None:
+        if log_std is not None:  # a hook may have put another in its place
             slopes.append(torch.zeros_like(log_std))
-            task.log_std_gradient = slopes[-1].data_ptr()
+            task.log_std, task.log_std_gradient = log_std.data_ptr(), slopes[-1].data_ptr()
         where = [tensor.data_ptr() for tensor in (*told, *slopes[:2])]
         if not compiled.library.clipped_slopes(there, width, begun, n, *where):
+            back()
             break
         answered = (outputs, values) if log_std is None else (outputs, values, log_std)
         pulled = [(one, slope) for one, slope in zip(answered, slopes, strict=True) if one.requires_grad]
         if pulled:
             torch.autograd.backward([one for one, _ in pulled], [slope for _, slope in pulled])
-        if not (adam.untouched() and compiled.library.descent_step(there, taken)):
+        if not (adam.untouched() and compiled.library.descent_step(there, adam.steps)):
+            back()
             break
-        begun, taken = begun + n, taken + 1
-    return Descended(seen=_seen(answers), norms=norms[:taken].tolist())
+        begun += n
+        adam.steps += 1
+    return Descended(seen=_seen(answers), norms=norms[: adam.steps].tolist())
 
 
 def _task(

@@ -78,5 +78,5 @@ def _agree(actor: Reading, critic: Reading, head: nn.Module) -> bool:
     """Whether both have no weight in common, and as many outputs as are asked for."""
     mine, its = actor.parameters, critic.parameters
     spread = head._parameters.get("log_std")
-    outputs = len(its[-1]) == 1 and (spread is None or len(mine[-1]) == len(spread))
+    outputs = len(its[-1]) == 1 and (spread is None or spread.shape == mine[-1].shape[:1])
     return outputs and not set(map(id, mine)) & set(map(id, its))

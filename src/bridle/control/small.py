@@ -93,10 +93,12 @@ class SmallActorCritic(ActorCritic, HandDifferentiated):
 
         return Seen(logp=found.logp, entropy=found.entropy, value=values[0].clone()), pull_back
 
+    _known_vjp = vjp
+
     def descend(self, units: Transitions, parts: Minibatches, terms: ClippedTerms, adam: FlatAdam) -> Descended | None:
         """Take steps in one compiled call; see :class:`bridle.learn.descent.Descends`."""
         log_std = self.head._parameters.get("log_std")
-        learn = self._nets.learn and (log_std is None or log_std.requires_grad)
+        learn = self._nets.learn and (log_std is None or log_std.requires_grad) and self._evaluates_plainly()
         stack = self._nets.stack() if learn and self._by_hand(units.observations) else None
         if stack is None:
             return super().descend(units, parts, terms, adam)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -50,6 +50,7 @@ from bridle.learn.advantages import AdvantageSettings
 from bridle.learn.optim import OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.trpo import TRPOSettings
+from bridle.random import torch_rng
 from bridle.runs.files import save_tensors
 
 __all__ = ["ControlConfig", "default_config", "kind_of", "run", "train"]
@@ -228,6 +229,11 @@ def _runs_plainly(policy: ControlPolicy, device: torch.device) -> bool:
     return (small and compiled.library is None) or (looks and convolutions.library is None)
 
 
+def _drawing(policy: ControlPolicy, seed: int, what: str, step: int) -> AbstractContextManager[None]:
+    """Key what a user's modules draw from PyTorch, as dropout does, to the step; Bridle's small networks draw nothing."""
+    return nullcontext() if type(policy) is SmallActorCritic else torch_rng(seed, f"modules/{what}", step)
+
+
 def _train(config: ControlConfig, learner: Learner, collector: Collector, judge: World, session: Session) -> None:
     seed, step = config.run.seed, session.start
 
@@ -240,7 +246,8 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             step += 1
             started = time.perf_counter()
             try:
-                rollout = _collect(config, learner, collector, step)
+                with _drawing(learner.policy, seed, "collect", step):
+                    rollout = _collect(config, learner, collector, step)
             except NonFiniteWorld as fault:
                 contain_world(config, collector, session, step, fault)
                 died = tell_deaths(session, step, collector.world)
@@ -257,7 +264,10 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             )
             again = {"anew": partial(ready, anew=True)} if config.recompute_advantages else {}
             try:
-                with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused
+                with (
+                    np.errstate(over="ignore", invalid="ignore"),  # what comes of it is refused
+                    _drawing(learner.policy, seed, "update", step),
+                ):
                     updates = (
                         list(learner.update(ready(), seed=seed, step=step, **again)) if enough(config, rollout) else []
                     )
@@ -269,7 +279,8 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             elapsed = time.perf_counter() - started
             last = learner.progress.actions >= config.total_steps
             judged = last or bool(config.evaluation_updates and step % config.evaluation_updates == 0)
-            scores = _judge(config, learner, judge, session, step=step, last=last) if judged else {}
+            with _drawing(learner.policy, seed, "judge", step):
+                scores = _judge(config, learner, judge, session, step=step, last=last) if judged else {}
             shown: dict[str, float] = {}
             died = tell_deaths(session, step, collector.world, judge)
             if not updates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from bridle.language.memory import MemoryEstimate, estimate_memory, require_memo
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
 from bridle.language.prompts import DemonstrationMix, MixSettings
-from bridle.language.quickening import calm_for, speed_notes
+from bridle.language.quickening import speed_notes
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.rooms import training
@@ -52,6 +52,7 @@ from bridle.learn.optim import Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep, summarise
 from bridle.learn.state import learnt_state
+from bridle.native.sharing import calm
 from bridle.runs.checkpoints import save_tensors
 from bridle.runs.depends import Sources
 
@@ -225,11 +226,8 @@ class _World:
     mix: DemonstrationMix | None
     decode: Callable[[Tensor], str]
     notes: tuple[str, ...]
-
-    def calm(self) -> AbstractContextManager[None]:
-        """Leave the threads to compiled code, where all layers of actor, critic and reference run so."""
-        policy = self.roles.policy
-        return calm_for(policy.computing(), policy, self.roles.reference.model)
+    compiled: bool
+    """Whether actor, critic and reference run in compiled code."""
 
 
 def _sources(config: PPOConfig) -> Sources:
@@ -279,6 +277,7 @@ def _open(config: PPOConfig) -> _World:
         held_out=asked.held_out,
         mix=asked.mix,
         decode=lambda ids: str(roles.tokenizer.decode(ids, skip_special_tokens=True)),
+        compiled=roles.policy.computes_compiled() and roles.reference.computes_compiled(roles.policy.compute_dtype),
         notes=(
             *tokenizer_notes(roles.tokenizer),
             *speed_notes(roles.policy.actor.model),
@@ -332,7 +331,7 @@ def _collect(config: PPOConfig, world: _World, seed: int, step: int, rows: RowBu
 
 def _prepare(config: PPOConfig, world: _World, state: State, episodes: list[Episode], budget: MicroBudget) -> Prepared:
     lengths = torch.tensor([len(e.prompt.ids) + len(e.ids) for e in episodes])
-    with world.calm():
+    with calm(world.compiled):
         return within_memory(
             budget,
             lengths,
@@ -363,7 +362,7 @@ def _update(
     """Take all optimiser steps on one rollout; during the warm-up the critic's alone."""
     critic_only = step <= config.critic.warmup_steps
     policy = world.roles.policy
-    with world.calm(), training(), policy.frozen_actor() if critic_only else nullcontext():
+    with calm(world.compiled), training(), policy.frozen_actor() if critic_only else nullcontext():
         return list(
             ppo.update(
                 policy,

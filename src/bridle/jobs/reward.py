@@ -20,6 +20,7 @@ from bridle.jobs.phases import Phase, plan
 from bridle.jobs.session import RunSettings, Session, hold_place, resolve_device
 from bridle.jobs.sources import of_data, of_model, packages_of
 from bridle.language.adapters import Adapted, LoraSettings, open_adapted
+from bridle.language.backbones import computes_compiled
 from bridle.language.comparisons import Comparison, encode_comparisons
 from bridle.language.data import DataSettings, read_preferences, read_rankings
 from bridle.language.descriptions import Description, describe_reward_model
@@ -31,7 +32,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
-from bridle.language.quickening import calm_for, speed_notes
+from bridle.language.quickening import speed_notes
 from bridle.language.reward_evaluation import Quality, judge_quality, length_rule
 from bridle.language.reward_model import (
     LossSettings,
@@ -48,6 +49,7 @@ from bridle.learn.masters import Masters
 from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state, load_learnt
+from bridle.native.sharing import calm
 from bridle.runs.checkpoints import load_json, load_tensors, save_json, save_tensors
 from bridle.runs.depends import Sources
 from bridle.runs.files import Json
@@ -223,7 +225,7 @@ def run(config: RewardConfig, *, resume: bool = False, force: bool = False) -> P
         budget = session.micro_budget(config.loss.micro_tokens)
         with (
             session.progress(total, "reward", start=session.start) as progress,
-            calm_for(_computing(session), learner.opened.model),
+            calm(computes_compiled(learner.opened.model.base_model, session.dtype)),
             training(),
         ):
             for step in session.steps(total):

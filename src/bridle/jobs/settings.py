@@ -28,7 +28,7 @@ class RunSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward passes, and of the layers' weights; what is trained and saved is float32."""
     threads: int | None = None
-    """1 to 1024, threads of one tensor operation; None leaves PyTorch's choice."""
+    """1 to 1024, threads of one tensor operation or compiled call; None leaves PyTorch's choice."""
     checkpoint_every: int | None = None
     """≥ 1 steps between checkpoints, besides those by the clock; None leaves it to the clock. The last step is always
     saved. Saving changes nothing in a run, so this may differ in a resumed one."""

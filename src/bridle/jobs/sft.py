@@ -30,7 +30,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
-from bridle.language.quickening import calm_for, speed_notes
+from bridle.language.quickening import speed_notes
 from bridle.language.rooms import training
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.shadow import masters_of
@@ -38,6 +38,7 @@ from bridle.learn.masters import Masters
 from bridle.learn.memory import MicroBudget, RowBudget, within_rows
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state
+from bridle.native.sharing import calm
 from bridle.random import permutation, uniforms
 from bridle.runs.checkpoints import load_tensors, save_tensors
 from bridle.runs.depends import Sources
@@ -127,20 +128,17 @@ def run(config: SFTConfig, *, resume: bool = False, force: bool = False) -> Path
         rows = session.row_budget(config.evaluation.sampling.rows)
         if session.start == 0 and world.held_out:
             session.record(0, _evaluate(config, world, session, 0, budget, rows))
-        with (
-            session.progress(total, "sft", start=session.start) as progress,
-            calm_for(world.computing(), world.model),
-            training(),
-        ):
+        with session.progress(total, "sft", start=session.start) as progress, training():
             for step in session.steps(total):
                 began = time.perf_counter()
                 optimiser.schedule(step - 1)
                 chosen = batch_of_step(len(world.training), config.batch_size, seed=session.seed, step=step - 1)
                 batch = [world.training[i] for i in chosen]
                 try:
-                    seen = likelihood_step(
-                        world.model, batch, optimiser, micro_tokens=budget, computing=world.computing
-                    )
+                    with calm(world.compiled):
+                        seen = likelihood_step(
+                            world.model, batch, optimiser, micro_tokens=budget, computing=world.computing
+                        )
                 except NonFiniteStep as fault:
                     contain(session, step, fault, config, _kept(world, batch))
                     metrics, shown = skipped(fault, optimiser.lrs), {"loss": math.nan}
@@ -193,6 +191,8 @@ class _World:
     notes: tuple[str, ...]
     adapted: Adapted | None
     masters: Masters
+    compiled: bool
+    """Whether the model runs in compiled code."""
 
     def save(self, folder: Path) -> None:
         """Write the policy: a model, or an adapter."""
@@ -253,6 +253,7 @@ def _open(config: SFTConfig) -> _World:
         context=described.context,
         adapted=adapted,
         masters=masters_of([network.base_model], dtype),
+        compiled=model.computes_compiled(dtype),
         notes=(
             *tokenizer_notes(tokenizer),
             *speed_notes(model.model),
@@ -288,7 +289,8 @@ def _evaluate(
     config: SFTConfig, world: _World, session: Session, step: int, budget: MicroBudget, rows: RowBudget
 ) -> dict[str, float]:
     """Measure the held-out demonstrations, answer some of their prompts, and keep the answers."""
-    found = held_out_loss(world.model, world.held_out, micro_tokens=budget, computing=world.computing)
+    with calm(world.compiled):
+        found = held_out_loss(world.model, world.held_out, micro_tokens=budget, computing=world.computing)
     asked = world.held_out[: config.evaluation.samples]
     if asked:
         session.run.samples(step, _answer(config, world, asked, rows), name="evaluation")

@@ -21,7 +21,7 @@ from bridle.core.divergence import exact_kl, exact_kl_from_hidden
 from bridle.core.head import HeadAnswers, VocabularyHead, Weighing
 from bridle.core.logprobs import entropy_from_logits, logprobs_from_logits
 from bridle.errors import ModelError
-from bridle.language.backbones import hidden_at
+from bridle.language.backbones import computes_compiled, hidden_at
 from bridle.language.rooms import gradient_of
 from bridle.language.vocabulary import head_answers, token_logprobs
 from bridle.random import generator
@@ -89,6 +89,10 @@ class CausalModel(nn.Module):
     def fused(self) -> bool:
         """Whether log-probabilities come straight from hidden states, without [n, V] logits."""
         return self.form is not None
+
+    def computes_compiled(self, dtype: torch.dtype) -> bool:
+        """Whether whole texts, from tokens to log-probabilities, go through compiled code that computes in ``dtype``."""
+        return self.fused and computes_compiled(self.model.base_model, dtype)
 
     @property
     def width(self) -> int:

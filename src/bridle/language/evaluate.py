@@ -16,6 +16,7 @@ from bridle.language.sampler import Sampler, SamplingSettings, Stop
 from bridle.language.scorers import Answers, Scorer, Scores
 from bridle.language.segments import Segments
 from bridle.learn.memory import MicroBudget, RowBudget, within_memory
+from bridle.native.sharing import calm
 
 __all__ = ["Assessment", "WithGold", "assess", "distinct_n", "mean_and_half_width"]
 
@@ -130,9 +131,10 @@ def assess(
     )
     segments = Segments.of([e.prompt.ids for e in episodes], [e.ids for e in episodes])
     everyone = torch.arange(len(segments))
-    seen = within_memory(
-        budget, segments.lengths, lambda tokens: look(policy, reference, segments, everyone, budget=tokens)
-    )
+    with calm(policy.computes_compiled() and reference.computes_compiled(policy.compute_dtype)):
+        seen = within_memory(
+            budget, segments.lengths, lambda tokens: look(policy, reference, segments, everyone, budget=tokens)
+        )
     exact, own, theirs = (seen.per_answer(name, segments.sizes) for name in ("exact_kl", "logp", "ref_logp"))
     return Assessment(
         episodes=tuple(episodes),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bridle.batch import Evaluation, Units
 from bridle.core.head import HeadAnswers, HeadSlopes
 from bridle.language.adapters import twin
-from bridle.language.backbones import hidden_at
+from bridle.language.backbones import computes_compiled, hidden_at
 from bridle.language.causal import CausalModel
 from bridle.language.models import recompute_layers
 from bridle.language.segments import Layout, Segments, layout
@@ -210,6 +210,11 @@ class LanguagePolicy(nn.Module, OnePass):
         half = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=half):
             yield
+
+    def computes_compiled(self) -> bool:
+        """Whether passes of actor and critic run in compiled code."""
+        own = computes_compiled(self.critic.backbone, self.compute_dtype) if isinstance(self.critic, Critic) else True
+        return own and self.actor.computes_compiled(self.compute_dtype)
 
     def _backbones(self) -> list[PreTrainedModel]:
         own = [self.critic.backbone] if isinstance(self.critic, Critic) else []

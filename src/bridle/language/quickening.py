@@ -8,7 +8,6 @@ is not compiled, dropout, another attention, a GPU or whatever else is not serve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from bridle.guards import is_observed, is_plain, is_watched
 from bridle.language import decoding, layers, vocabulary
 from bridle.language.layers import Shape, decoder_layer
-from bridle.native.sharing import calm
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FAILURES",
     "TOLERANCE",
-    "calm_for",
     "forward_of",
     "is_quick",
     "plainly",
@@ -98,24 +95,6 @@ def speed_notes(model: nn.Module) -> tuple[str, ...]:
     if built or not any(_parts(layer) is not None for layer in model.modules()):
         return ()
     return ("layers or vocabulary run without compiled code, slower; python -m bridle.native.compiling builds it",)
-
-
-def calm_for(computing: AbstractContextManager[object], *models: nn.Module) -> AbstractContextManager[None]:
-    """Return :func:`bridle.native.sharing.calm` where all layers of the models run compiled; else what changes nothing.
-
-    ``computing`` sets the compute dtype in which they are to run.
-    """
-    with computing:
-        built = layers.code() is not None and vocabulary.library is not None
-    return calm() if built and all(map(_runs_compiled, models)) else nullcontext()
-
-
-def _runs_compiled(model: nn.Module) -> bool:
-    """Whether a model has layers, and each of them runs compiled as it is now."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    return bool(found) and all(is_quick(layer) and _parts(layer) is not None for layer in found)
 
 
 class _Quick:

@@ -51,7 +51,7 @@ class Descends(ABC):
 
     @abstractmethod
     def descend(self, units: Any, parts: Minibatches, terms: ClippedTerms, adam: FlatAdam) -> Descended | None:
-        """Take a step on each of the minibatches, the mean loss of which is Σ_i w_i loss_i.
+        """Take a step on each of the minibatches, the mean loss of which is Σ_i w_i loss_i, and count it in ``adam``.
 
         It stops before a step whose gradient is not finite. None, and nothing done, where it cannot take any.
         """
@@ -70,9 +70,13 @@ def steps_ahead(
     adam = optimiser.flat_adam(len(parts))
     if adam is None:
         return ()
-    found = policy.descend(units, parts, terms, adam)
+    try:
+        found = policy.descend(units, parts, terms, adam)
+    except BaseException:  # a module's: the steps before it were taken all the same
+        optimiser.moved(adam.steps)
+        raise
     if found is None:
         return ()
-    optimiser.moved(len(found.norms))
+    optimiser.moved(adam.steps)
     seen = found.seen.split(parts.lengths)
     return [(one, {adam.group: norm}) for one, norm in zip(seen, found.norms, strict=False)]

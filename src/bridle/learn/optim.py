@@ -86,7 +86,7 @@ class Group:
     settings: OptimSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FlatAdam:
     """A flat group as its next steps find it, for who takes them in the optimiser's place; its tensors are the group's own."""
 
@@ -118,6 +118,8 @@ class FlatAdam:
     """The gradient is scaled down to this L2 norm if longer."""
     untouched: Callable[[], bool]
     """Whether nobody has put a gradient of their own beside these."""
+    steps: int = 0
+    """Steps taken since; who takes one counts it here."""
 
 
 class _Separate:

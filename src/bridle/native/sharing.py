@@ -22,18 +22,20 @@ def threads() -> int:
 
 
 @contextmanager
-def calm() -> Iterator[None]:
-    """Let PyTorch compute in one thread in here, compiled code in as many as PyTorch did until now.
+def calm(where: bool = True) -> Iterator[None]:
+    """Let PyTorch compute in one thread in here, compiled code in as many as PyTorch did until now; not ``where``, nothing.
 
     After each operation PyTorch's threads wait for the next one by turning round and round, and hold the cores that compiled
-    code is about to ask for. Where little is left to PyTorch one thread of it is faster. Like PyTorch's number of threads this
-    is the calling thread's own.
+    code is about to ask for. Where little is left to PyTorch one thread of it is faster. This is the calling thread's own; but
+    a thread that asks PyTorch for the first time meanwhile finds one thread, as PyTorch tells it what was set last.
     """
-    own = threads()
-    before, outer = torch.get_num_threads(), getattr(_given, "threads", None)
-    _given.threads = own
-    torch.set_num_threads(1)
+    if not where:
+        yield
+        return
+    own, before, outer = threads(), torch.get_num_threads(), getattr(_given, "threads", None)
     try:
+        _given.threads = own
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)

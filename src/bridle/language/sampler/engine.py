@@ -84,7 +84,7 @@ class EmbeddedSampler:
         with self._computing(), self._reading(rows, steps, longest) as reader:
             choose = chooser(self._actor, settings, steps)
             work = _Work(reader, choose, self._value_head, watch, prompts, uniforms, settings)
-            with nullcontext() if settings.warped or not isinstance(reader, CompiledReader) else calm():
+            with calm(isinstance(reader, CompiledReader) and not settings.warped):
                 while work.step():
                     pass
         return work.answers()
