@@ -225,7 +225,9 @@ def against_products(work: PPOWork, answers: list[dict[str, Any]], products: lis
     flops, rates = training_flops(work, vocabulary=32_000, width=288, layers=6), []
     for found in answers:
         rows = found["iterations"][1:] or found["iterations"]
-        key = next(name for name in ("training_seconds", "train_cpu" if work.threads == 1 else "train") if name in rows[0])
+        key = next(
+            name for name in ("training_seconds", "train_cpu" if work.threads == 1 else "train") if name in rows[0]
+        )
         rates.append(flops / statistics.median(row[key] for row in rows) / 1e9)
     return {
         "training_gflops": spread(rates),

@@ -3,9 +3,9 @@
     python bench/layers_pass.py [--dtype bfloat16] [--rounds 12]      → bench/results/layers_pass.json
 
 16 texts of 96 tokens, of which 64 each are answers, on one thread: the layers there and back, of all tokens; the head there
-and back, of the answers. Nothing else of a training step is in it: no rollout, loss, optimiser or embedding. Useful operations are counted, two a
-multiplication, the backward pass twice the forward pass; attention is not counted. Rounds alternate with products; the least
-processor time of each is what counts.
+and back, of the answers. Nothing else of a training step is in it: no rollout, loss, optimiser or embedding. Useful
+operations are counted, two a multiplication, the backward pass twice the forward pass; attention is not counted. Rounds
+alternate with products; the least processor time of each is what counts.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from bridle.language.memory import MemoryEstimate, estimate_memory, require_memo
 from bridle.language.models import ModelSettings, tokenizer_notes
 from bridle.language.prepare import Prepared, prepare
 from bridle.language.prompts import DemonstrationMix, MixSettings
-from bridle.language.quickening import speed_notes
+from bridle.language.quickening import calm, speed_notes
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
 from bridle.language.rooms import training
@@ -52,7 +52,6 @@ from bridle.learn.optim import Optimiser, OptimSettings
 from bridle.learn.ppo import PPOSettings
 from bridle.learn.record import UpdateStep, summarise
 from bridle.learn.state import learnt_state
-from bridle.native.sharing import calm
 from bridle.runs.checkpoints import save_tensors
 from bridle.runs.depends import Sources
 

@@ -32,7 +32,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
-from bridle.language.quickening import speed_notes
+from bridle.language.quickening import calm, speed_notes
 from bridle.language.reward_evaluation import Quality, judge_quality, length_rule
 from bridle.language.reward_model import (
     LossSettings,
@@ -49,7 +49,6 @@ from bridle.learn.masters import Masters
 from bridle.learn.memory import MicroBudget, within_memory
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state, load_learnt
-from bridle.native.sharing import calm
 from bridle.runs.checkpoints import load_json, load_tensors, save_json, save_tensors
 from bridle.runs.depends import Sources
 from bridle.runs.files import Json

@@ -30,7 +30,7 @@ from bridle.language.models import (
     save_model,
     tokenizer_notes,
 )
-from bridle.language.quickening import speed_notes
+from bridle.language.quickening import calm, speed_notes
 from bridle.language.rooms import training
 from bridle.language.sampler import ReferenceSampler, SamplingSettings
 from bridle.language.shadow import masters_of
@@ -38,7 +38,6 @@ from bridle.learn.masters import Masters
 from bridle.learn.memory import MicroBudget, RowBudget, within_rows
 from bridle.learn.optim import Group, Optimiser, OptimSettings
 from bridle.learn.state import learnt_state
-from bridle.native.sharing import calm
 from bridle.random import permutation, uniforms
 from bridle.runs.checkpoints import load_tensors, save_tensors
 from bridle.runs.depends import Sources

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bridle.guards import is_observed, is_plain, is_watched
 from bridle.language import decoding, layers, vocabulary
 from bridle.language.layers import Shape, decoder_layer
+from bridle.native.sharing import calm
 from bridle.random import generator
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAILURES",
     "TOLERANCE",
+    "calm",
     "forward_of",
     "is_quick",
     "plainly",
