@@ -81,10 +81,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "many-steps": RECIPE | {"epochs": 4, "minibatches": 4, "lr": 1e-3, "kl": 0.1, "value": 0.1},
 }
-"""The grid for TRL; swift is what Bridle did best with for long, brief what it does best with now, but for a minibatch more,
-since TRL wants equal ones. Everything else stands at the recipe's (temperature 1, answers of
-64 tokens, one step per minibatch) or at TRL's own (λ = 0.95, γ = 1, clip 0.2, value clip 0.2,
-AdamW, a linear fall of the learning rate, no warm-up)."""
+"""The grid for TRL; brief is what Bridle does best with, but for a minibatch more, since TRL wants equal ones; swift what it
+did best with before. Everything else stands at the recipe's (temperature 1, answers of 64 tokens, one step per minibatch)
+or at TRL's own (λ = 0.95, γ = 1, clip 0.2, value clip 0.2, AdamW, a linear fall of the learning rate, no warm-up)."""
 
 
 def recipe(folder: Path, prompts: Path, seed: int) -> PPOConfig:

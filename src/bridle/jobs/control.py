@@ -279,8 +279,7 @@ def _train(config: ControlConfig, learner: Learner, collector: Collector, judge:
             elapsed = time.perf_counter() - started
             last = learner.progress.actions >= config.total_steps
             judged = last or bool(config.evaluation_updates and step % config.evaluation_updates == 0)
-            with _drawing(learner.policy, seed, "judge", step):
-                scores = _judge(config, learner, judge, session, step=step, last=last) if judged else {}
+            scores = _judge(config, learner, judge, session, step=step, last=last) if judged else {}
             shown: dict[str, float] = {}
             died = tell_deaths(session, step, collector.world, judge)
             if not updates:
@@ -330,16 +329,17 @@ def _judge(
     metrics: dict[str, float] = {}
     for name, deterministic in (("deterministic", True), ("sampled", False)):
         try:
-            score = evaluate(
-                judge,
-                learner.policy,
-                learner.moments,
-                episodes=settings.final_episodes if last else settings.episodes,
-                deterministic=deterministic,
-                seed=config.run.seed,
-                step=step,
-                max_steps=settings.max_steps,
-            )
+            with _drawing(learner.policy, config.run.seed, "judge", step):
+                score = evaluate(
+                    judge,
+                    learner.policy,
+                    learner.moments,
+                    episodes=settings.final_episodes if last else settings.episodes,
+                    deterministic=deterministic,
+                    seed=config.run.seed,
+                    step=step,
+                    max_steps=settings.max_steps,
+                )
         except NonFiniteWorld as fault:
             leave_evaluation_out(config, session, step, fault, which=when, how=name)
             continue
