@@ -46,7 +46,7 @@ OUTSIDE: dict[str, set[str]] = {
     "guards": STANDARD | {"torch"},
     "core": STANDARD | {"torch", "jaxtyping"},
     "batch": STANDARD | {"torch", "jaxtyping"},
-    "runs": STANDARD | {"torch", "safetensors", "wandb"},
+    "runs": STANDARD | {"torch", "orjson", "safetensors", "wandb"},
     "cli": STANDARD | {"tyro", "rich"},
 }
 """What a room may import from outside; rooms not named are free but for FORBIDDEN."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from bridle.errors import RunError
 from bridle.runs import Run, RunState
@@ -91,6 +94,38 @@ def test_a_text_that_reads_like_a_number_is_refused_in_metrics_and_kept_in_sampl
         run.record(0, {"answer": "NaN"})
     run.samples(0, [{"answer": "NaN", "logp": [math.nan, -1.5]}])
     assert run.read_samples(0) == [{"answer": "NaN", "logp": ["NaN", -1.5]}]
+
+
+def test_columns_of_numbers_are_kept_to_the_last_bit(run: Run) -> None:
+    """Every float32 is read back as itself, small ones and large ones; what is not finite, truth and ids as what they are."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32).view(np.float32)
+    finite = bits[np.isfinite(bits)]
+    odd = torch.tensor([1.5, math.nan, math.inf, -math.inf])
+    run.samples(
+        0,
+        [
+            {
+                "logp": torch.from_numpy(finite),
+                "odd": odd,
+                "ids": torch.tensor([1, -2, 2**40]),
+                "clipped": torch.tensor([True, False]),
+            }
+        ],
+    )
+    (row,) = run.read_samples(0)
+    assert np.array(row["logp"], dtype=np.float32).tobytes() == finite.tobytes()
+    assert row["odd"] == [1.5, "NaN", "Infinity", "-Infinity"]
+    assert row["ids"] == [1, -2, 2**40]
+    assert row["clipped"] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "odd", ["\ud800 lone", 2**70, -(2**70), functools.reduce(lambda inner, _: [inner], range(300), 1)]
+)
+def test_what_plain_json_writes_is_written(run: Run, odd: object) -> None:
+    """A lone surrogate, a number beyond 64 bits, much nesting: beside a column, too."""
+    run.samples(0, [{"odd": odd, "ids": torch.tensor([1, 2])}])  # type: ignore[dict-item]
+    assert run.read_samples(0) == [{"odd": odd, "ids": [1, 2]}]
 
 
 @pytest.mark.parametrize("text", ["two\nlines\r\n", "\u2028\u2029\x85", "\ud800 lone", "Ω 𝕏 \x00", '"\\'])

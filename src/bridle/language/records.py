@@ -17,7 +17,7 @@ from bridle.learn.record import UpdateStep, last_logp
 
 __all__ = ["rollout_metrics", "sample_rows"]
 
-Field = str | float | int | list[float] | list[int] | list[bool] | dict[str, float] | None
+Field = str | float | int | Tensor | dict[str, float] | None
 
 
 def rollout_metrics(episodes: Sequence[Episode], prepared: Prepared, kl_coefficient: float) -> dict[str, float]:
@@ -81,13 +81,12 @@ def sample_rows(
         "return": batch.returns,
         "ratio": (new_logp - batch.old_logp).exp(),
     }
-    lists = {name: [float(f"{x:.6g}") for x in column.tolist()] for name, column in columns.items()}
-    clipped = _ever_clipped(steps, batch.old_logp).tolist()
+    sizes = [len(e.ids) for e in episodes]
+    lists = {name: torch.split(column.float().cpu(), sizes) for name, column in columns.items()}
+    clipped = torch.split(_ever_clipped(steps, batch.old_logp).cpu(), sizes)
     looked = set(seen.units.tolist())
     partial = {"exact_kl", "entropy"} | ({"ref_logp"} if batch.ref_logp is None else set())
-    start = 0
     for u, e in enumerate(episodes):
-        stop = start + len(e.ids)
         unknown = partial if u not in looked else set()
         yield {
             "prompt": e.prompt.text,
@@ -96,12 +95,11 @@ def sample_rows(
             "score": e.score,
             "components": dict(e.components),
             "stop": e.stop.value,
-            "prompt_ids": e.prompt.ids.tolist(),
-            "ids": e.ids.tolist(),
-            **{name: None if name in unknown else column[start:stop] for name, column in lists.items()},
-            "clipped": clipped[start:stop],
+            "prompt_ids": e.prompt.ids,
+            "ids": e.ids,
+            **{name: None if name in unknown else answers[u] for name, answers in lists.items()},
+            "clipped": clipped[u],
         }
-        start = stop
 
 
 def _spread(values: Float[Tensor, " n"], seen: Look, like: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

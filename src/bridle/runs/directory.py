@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from safetensors import SafetensorError
 
@@ -51,9 +51,13 @@ from bridle.runs.files import (
     step_of,
     sync,
     write_lines,
+    write_samples,
 )
 from bridle.runs.mending import cut_back, drop_damaged_lines
 from bridle.runs.places import FOLDERS, Reserved, clear, is_locked, let_go, reserve, take_lock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["FORMAT", "Run", "RunState"]
 
@@ -304,10 +308,13 @@ class Run:
         with self._writing():
             append_line(self.path / "events.jsonl", head | fields, texts=True)
 
-    def samples(self, step: int, rows: Iterable[Mapping[str, Json]], *, name: str = "step") -> None:
-        """Write what was said or done at ``step`` as ``samples/NAME-N.jsonl``, whole; a second call replaces it."""
+    def samples(self, step: int, rows: Iterable[Mapping[str, Json | Tensor]], *, name: str = "step") -> None:
+        """Write what was said or done at ``step`` as ``samples/NAME-N.jsonl``, whole; a second call replaces it.
+
+        Columns of numbers of a row may be tensors [N]; those of float32 are kept to the last bit.
+        """
         with self._writing():
-            write_lines(self.path / "samples" / f"{name}-{step}.jsonl", rows, texts=True)
+            write_samples(self.path / "samples" / f"{name}-{step}.jsonl", rows)
 
     def summary(self, name: str, value: Json) -> None:
         """Write what a finished run comes to as ``RUN/name``, one JSON value, whole."""

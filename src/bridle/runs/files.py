@@ -3,7 +3,7 @@
 JSON has no NaN or infinity. They are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``; ``null`` is
 kept for "not measured". In metrics, timing and single JSON files they are read back as floats, and a text that is one
 of those three is refused there. In samples and events, which hold text that anybody may have written, they stay
-strings.
+strings. Columns of numbers may be tensors there, whose float32 are written in as few digits as tell them apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+import orjson
 
 from bridle.errors import RunError
 
@@ -35,6 +37,8 @@ __all__ = [
     "save_tensors",
     "step_of",
     "sync_tree",
+    "write_lines",
+    "write_samples",
     "write_text",
 ]
 
@@ -87,6 +91,21 @@ def _dumps(value: object, *, texts: bool = False, indent: int | None = None) -> 
         return text.encode()
     except UnicodeEncodeError:  # a lone surrogate, as user JSON may hold: only the \u escape can carry it
         return json.dumps(encoded, ensure_ascii=True, allow_nan=False, indent=indent).encode()
+
+
+def _dumps_sample(row: Mapping[str, Json | Tensor]) -> bytes:
+    from torch import Tensor
+
+    columns = {name: item for name, item in row.items() if isinstance(item, Tensor)}
+    there = {str(name): _encode(item, texts=True) for name, item in row.items() if name not in columns}
+    arrays = {name: column.numpy(force=True) for name, column in columns.items()}
+    try:
+        line = orjson.dumps(there | arrays, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:  # a lone surrogate, a number beyond 64 bits, much nesting
+        line = None
+    if line is None or (b"null" in line and not all(column.isfinite().all() for column in columns.values())):
+        return _dumps(there | {name: column.tolist() for name, column in columns.items()}, texts=True)
+    return line
 
 
 def sync(path: Path) -> None:
@@ -158,6 +177,11 @@ def append_line(path: Path, value: Mapping[str, Json], *, texts: bool = False) -
 def write_lines(path: Path, values: Iterable[Mapping[str, Json]], *, texts: bool = False) -> None:
     """Write a JSONL file whole."""
     write_bytes(path, b"".join(_dumps(value, texts=texts) + b"\n" for value in values))
+
+
+def write_samples(path: Path, rows: Iterable[Mapping[str, Json | Tensor]]) -> None:
+    """Write a JSONL file of texts, and of columns of numbers as tensors [N], whole, with no spaces between."""
+    write_bytes(path, b"".join(_dumps_sample(row) + b"\n" for row in rows))
 
 
 def read_line(line: bytes, *, texts: bool = False) -> JsonObject | None:
