@@ -17,7 +17,7 @@ from bridle.core.head import HeadSlopes
 from bridle.language import rooms
 from bridle.language.backbones import hidden_at
 from bridle.language.causal import CausalModel
-from bridle.language.rooms import gradient_of, room, training
+from bridle.language.rooms import gradient_of, keeping, room, training
 from tests.language.layered import quick
 
 IDS = torch.tensor([[5, 7, 0, 9, 7, 3], [2, 2, 8, 0, 1, 4]])
@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rooms of any size are kept here."""
     monkeypatch.setattr(rooms, "_LEAST", 1)
     yield
-    assert rooms._kept.blocks == 0
+    assert rooms._kept.blocks == rooms._kept.keepers == 0
     assert not rooms._kept.arrays
 
 
@@ -54,6 +54,29 @@ def test_a_room_is_used_again_when_its_last_view_is_gone() -> None:
         assert at(room(60)) not in (place, at(other))
         del storage
         assert at(room(60)) == place
+
+
+def test_rooms_are_kept_between_blocks_of_training_where_that_is_asked_for_and_they_are_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rooms, "_MOST", 100)
+    with keeping():
+        for size, kept in ((100, True), (101, False)):
+            with training():
+                room(size)
+            assert bool(rooms._kept.arrays) is kept
+            with training():
+                pass
+            assert bool(rooms._kept.arrays) is kept
+        with training():
+            held = room(50)
+        assert at(room(50)) != at(held)  # outside they are not handed out
+        before = at(held)
+        with training():
+            assert at(room(50)) != before
+            del held
+            assert at(room(50)) == before
+    assert not rooms._kept.arrays
 
 
 def test_threads_that_ask_at_once_get_rooms_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from bridle.language.prompts import DemonstrationMix, MixSettings
 from bridle.language.quickening import calm, speed_notes
 from bridle.language.records import rollout_metrics, sample_rows
 from bridle.language.roles import CriticSettings, Roles, open_roles
-from bridle.language.rooms import training
+from bridle.language.rooms import keeping, training
 from bridle.language.sampler import SamplingSettings
 from bridle.language.sampler.serving import SamplerKind
 from bridle.language.scorers import (
@@ -173,7 +173,7 @@ def run(config: PPOConfig, *, resume: bool = False, force: bool = False) -> Path
         judging = [session.take_up_budget(judge.budget) for judge in world.models]
         if session.start == 0:
             _evaluate(config, world, session, 0, budget, rows)
-        with session.progress(config.steps, "ppo", start=session.start) as progress:
+        with session.progress(config.steps, "ppo", start=session.start) as progress, keeping():
             for step in session.steps(config.steps):
                 account, critic_only = world.accounts.step(world.scorer), step <= config.critic.warmup_steps
                 optimiser.schedule(step - 1)

@@ -2,7 +2,8 @@
 
 A pass of a small model writes some hundred megabytes and forgets them. Taken from the system each time, they come page by page,
 which took a seventh of a training step. In a block of :func:`training` what is given up is kept for who asks next, and compiled
-code adds gradients where autograd would have added them afterwards.
+code adds gradients where autograd would have added them afterwards. In a block of :func:`keeping` around several of those a
+small model's rooms are kept from one to the next.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from torch import Tensor
 
 from bridle.guards import is_plain
 
-__all__ = ["gradient_of", "room", "takes_directly", "training"]
+__all__ = ["gradient_of", "keeping", "room", "takes_directly", "training"]
 
 _LEAST = 16 * 1024
 """Numbers; smaller rooms are PyTorch's to give."""
+_MOST = 16 * 1024**2
+"""Numbers kept between blocks of training: what a large model's rooms cost is little beside its training, and memory is not."""
 
 
 @dataclass(slots=True)
 class _Kept:
-    """Rooms handed out since training began, and how many blocks of training are open."""
+    """Rooms handed out since training began, and how many blocks of training and of keeping are open."""
 
     blocks: int = 0
+    keepers: int = 0
     arrays: list[Any] = field(default_factory=list)
     """as NumPy sees them: a tensor made of one holds on to it until the last view of the tensor is gone"""
 
@@ -53,8 +57,23 @@ def training() -> Iterator[None]:
         yield
     finally:
         _kept.blocks -= 1
-        if not _kept.blocks:
-            _kept.arrays.clear()
+        _let_go()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Keep rooms between blocks of :func:`training` in here, where they are 64 MB at most."""
+    _kept.keepers += 1
+    try:
+        yield
+    finally:
+        _kept.keepers -= 1
+        _let_go()
+
+
+def _let_go() -> None:
+    if not _kept.blocks and not (_kept.keepers and sum(array.size for array in _kept.arrays) <= _MOST):
+        _kept.arrays.clear()
 
 
 def room(*shape: int) -> Float[Tensor, ...]:
